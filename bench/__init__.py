@@ -1,0 +1,1 @@
+"""Measurements: what a message costs, by CPU and by the clock. Never run as tests."""
