@@ -1,0 +1,945 @@
+"""The broker's whole decision logic, pure.
+
+    step(now, connection, correlation, request, payload)    decides one request in memory
+    begin()                                                 hands out the writes decided so far, to be made durable
+    committed(space)                                        they are durable: here are the replies
+    tick(now)                                               does what is due, says when to come again
+
+It may not know a socket, a clock, a thread, a file or LMDB: time comes in as an argument, committed rows through
+`Rows`, connections as opaque handles. Decisions are made on the decided state (committed rows under everything decided since);
+a reply that rests on it leaves only through `committed()`, when all it rests on is durable (PROTOCOL rule 9). So "no
+acknowledgement before durable" is a property of this file and not a habit of the server. After a group commit failed
+nothing here is worth keeping: the server closes every connection and makes a new Core from the store (rule 13).
+
+A handler decides first and writes then: every check stands before the first change, so a refusal leaves no trace.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, NamedTuple, Protocol
+
+from idemq.client import wire
+from idemq.client.wire import Code, Failed
+
+from . import groups, producers, topics
+from .groups import OffsetKey, OffsetRow
+from .producers import ProducerRow
+from .topics import Ends, Mark, Partition, TopicRow
+
+ROW_BYTES = 4096
+"""What a stored batch costs beyond its own bytes, at most: a page (see `Limits.store_bytes_max`)."""
+TRIM_BATCHES = 256
+"""Batches removed from one partition in one group commit, so that trimming never holds up senders for long."""
+TRIM_MS = 1000
+"""How often retention and expiry look around when nothing is left to remove."""
+SWEEP_ROWS = 500
+"""Producer rows looked at for expiry in one sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the core refuses beyond. Each is a setting of the broker (see `config.py`)."""
+
+    store_bytes_max: int = 64 << 30
+    """Size of the store at which appends are refused with STORE_FULL."""
+    store_bytes_headroom: int = 64 << 20
+    """Kept free below it (and on the disk) so that offsets, trims and deletions always work."""
+    group_bytes_max: int = 64 << 20
+    """Payload waiting for one group commit; more is refused with BUSY."""
+    topics_max: int = 10_000
+    producers_max: int = 1_000_000
+    """Producer names, anonymous ones included; never evicted, refused with QUOTA_EXCEEDED."""
+    connections_max: int = 10_000
+    fetches_max: int = 64
+    """Fetches that one connection may have waiting."""
+    anonymous_idle_ms: int = 24 * 3600 * 1000
+    """An anonymous producer's row goes after this time without a commit."""
+    clock_jump_ms: int = 60_000
+    """A wall clock that departs this far from the monotonic one has jumped: retention and expiry pause."""
+    clock_pause_ms: int = 3600 * 1000
+    rows_cached_max: int = 100_000
+    """Producer and offset rows kept in memory."""
+    remembered: int = wire.REMEMBERED
+
+
+class Now(NamedTuple):
+    """The two clocks: durations use `mono_ms`, what is stored and shown uses `wall_ms`."""
+
+    mono_ms: int
+    wall_ms: int
+
+
+class Space(NamedTuple):
+    """What the store measured after a commit."""
+
+    used_bytes: int
+    """Live pages of all tables."""
+    disk_bytes: int
+    """What can still be written: free pages of the file and the disk's free space."""
+    txn_id: int
+
+
+class Stored(NamedTuple):
+    """One batch as the log stores it."""
+
+    topic_id: int
+    partition: int
+    offset: int
+    timestamp_ms: int
+    position: int
+    batch: bytes
+
+
+class Trim(NamedTuple):
+    """Remove the batches of one partition that lie below this offset, which is the start of a batch."""
+
+    topic_id: int
+    partition: int
+    below: int
+
+
+@dataclass(slots=True)
+class Group:
+    """One group commit: writes that become durable together, and the replies that wait for them. None deletes a row."""
+
+    appends: list[Stored] = field(default_factory=list)
+    producers: dict[int, ProducerRow | None] = field(default_factory=dict)
+    names: dict[str, int | None] = field(default_factory=dict)
+    offsets: dict[OffsetKey, OffsetRow | None] = field(default_factory=dict)
+    topics: dict[int, TopicRow | None] = field(default_factory=dict)
+    trims: list[Trim] = field(default_factory=list)
+    counter: int | None = None
+    payload_bytes: int = 0
+    replies: list[Reply] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """Is there anything to store?"""
+        return bool(
+            self.appends or self.producers or self.offsets or self.topics or self.trims or self.counter is not None
+        )
+
+
+class Damaged(Exception):
+    """A stored row does not match its checksum. Raised by the store's readers; refuses the request, changes nothing."""
+
+
+class Rows(Protocol):
+    """The committed rows, read only. The store implements it; tests and the simulator use the store in memory."""
+
+    def incarnation(self) -> bytes:
+        """The store's name for ever."""
+
+    def counter(self) -> int:
+        """The last number given to a topic, producer, epoch or lease."""
+
+    def space(self) -> Space:
+        """As measured now."""
+
+    def topics(self) -> Iterable[TopicRow]:
+        """All topics, also those being deleted."""
+
+    def partition(self, topic_id: int, partition: int) -> Ends | None:
+        """The ends of a partition's log; None when it holds nothing."""
+
+    def oldest(self, topic_id: int, partition: int, limit: int) -> Sequence[Mark]:
+        """The first stored batches."""
+
+    def offset_at(self, topic_id: int, partition: int, timestamp_ms: int) -> int | None:
+        """First offset of the first batch at or after this time."""
+
+    def producer(self, producer_id: int) -> ProducerRow | None:
+        """A producer by id."""
+
+    def producer_id(self, name: str) -> int | None:
+        """A producer's id by name."""
+
+    def producer_names(self, after: str, limit: int) -> Sequence[tuple[str, int]]:
+        """Names behind `after`, in order, with their ids."""
+
+    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
+        """Rows with at least this id, in order of id."""
+
+    def producer_count(self) -> int:
+        """How many rows there are."""
+
+    def offset(self, key: OffsetKey) -> OffsetRow | None:
+        """A group's position."""
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One connection as the core knows it. `serial` is given at Hello and rises (PROTOCOL rule 4)."""
+
+    address: str
+    serial: int = 0
+    client: str = ""
+    fetches: int = 0
+    closed: bool = False
+
+
+class Reply(NamedTuple):
+    """Send this. `close`: and then close the connection, its peer broke the protocol."""
+
+    connection: Connection
+    correlation: int
+    message: Any
+    close: bool = False
+
+
+class Read(NamedTuple):
+    """Read these ranges, each up to its partition's durable end, and send them with the parts already known."""
+
+    connection: Connection
+    correlation: int
+    ranges: list[ReadRange]
+    parts: list[wire.Part]
+    bytes_max: int
+
+
+class ReadRange(NamedTuple):
+    """What may be read of one partition."""
+
+    topic_id: int
+    partition: int
+    offset: int
+    earliest: int
+    next: int
+
+
+Output = Reply | Read
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A fetch that found nothing yet."""
+
+    connection: Connection
+    correlation: int
+    request: wire.Fetch
+    deadline_ms: int
+    done: bool = False
+
+
+class Core:
+    """See the file's head. Not thread-safe: one caller, one call at a time."""
+
+    def __init__(self, rows: Rows, limits: Limits, access_token: str = "", version: str = "") -> None:
+        self._rows = rows
+        self._limits = limits
+        self._access_token = access_token
+        self._version = version
+        self._building = Group()
+        self._in_flight: Group | None = None
+        self._incarnation = rows.incarnation()
+        self._counter = rows.counter()
+        self._space = rows.space()
+        self._producer_count = rows.producer_count()
+        self._producers: dict[int, ProducerRow | None] = {}
+        self._names: dict[str, int | None] = {}
+        self._offsets: dict[OffsetKey, OffsetRow | None] = {}
+        self._topics: dict[int, TopicRow] = {}
+        self._topic_ids: dict[str, int] = {}
+        self._deleted_topics: set[int] = set()
+        self._partitions: dict[tuple[int, int], Partition] = {}
+        for row in rows.topics():
+            self._put_topic(row)
+        self._serial = 0
+        self._serials: dict[int, int] = {}
+        self._connections: dict[int, Connection] = {}
+        self._connection_count = 0
+        self._waiters: dict[tuple[int, int], list[_Waiter]] = {}
+        self._deadlines: list[tuple[int, int, _Waiter]] = []
+        self._waiter_number = 0
+        self._clock_offset_ms: int | None = None
+        self._paused_until_ms = 0
+        self._swept_to = 0
+        self._trim_at_ms = 0
+        self.alarm = ""
+        """What an operator must know now; empty when all is well."""
+
+    # ------------------------------------------------------------------------------------------ connections
+
+    def connect(self, address: str) -> Connection | Failed:
+        """A connection was accepted; refused when there are too many."""
+        if self._connection_count >= self._limits.connections_max:
+            return Failed(Code.BUSY, f"this broker takes {self._limits.connections_max} connections (connections_max)")
+        self._connection_count += 1
+        return Connection(address)
+
+    def disconnect(self, connection: Connection) -> None:
+        """A connection is gone: nothing more comes from it, and nothing is sent to it."""
+        connection.closed = True
+        self._connection_count -= 1
+        self._connections.pop(connection.serial, None)
+        if len(self._serials) > self._limits.rows_cached_max:
+            # A serial matters only while an older connection is open that it could refuse.
+            oldest = min(self._connections, default=self._serial + 1)
+            self._serials = {key: serial for key, serial in self._serials.items() if serial > oldest}
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return self._connection_count
+
+    @property
+    def building_bytes(self) -> int:
+        """Payload that waits for the next group commit: the server stops reading when it grows."""
+        return self._building.payload_bytes
+
+    # ------------------------------------------------------------------------------- decide, persist, reply
+
+    def step(self, now: Now, connection: Connection, correlation: int, request: Any, payload: bytes) -> Output | None:
+        """Decide one request. Returns what rests on durable state alone; everything else waits for `committed()`."""
+        facts = wire.REQUESTS.get(type(request))
+        if facts is None:
+            return Reply(connection, correlation, Failed(Code.BAD_REQUEST, "a reply is not a request"), close=True)
+        if not connection.serial and type(request) is not wire.Hello:
+            return Reply(connection, correlation, Failed(Code.BAD_REQUEST, "the first frame must be Hello"), close=True)
+        try:
+            answer = _HANDLERS[type(request)](self, now, connection, correlation, request, payload)
+        except Damaged as damage:
+            answer = Failed(Code.STORE_DAMAGED, str(damage))
+        except wire.WireError as error:
+            answer = Failed(error.code, error.text)
+        if answer is None or type(answer) is Read:
+            return answer
+        close = type(answer) is Failed and (answer.code in _CLOSING or type(request) is wire.Hello)
+        reply = Reply(connection, correlation, answer, close)
+        if not facts.decided:
+            return reply
+        # Rule 9, for refusals too: what is being decided belongs to the group being built, else to the one in flight.
+        group = self._building
+        if not group.writes and self._in_flight is not None:
+            group = self._in_flight
+        group.replies.append(reply)
+        return None
+
+    def begin(self) -> Group | None:
+        """The next group to make durable; None when one is in flight or there is nothing to do.
+
+        A group without writes needs no disk: call `committed()` at once.
+        """
+        group = self._building
+        if self._in_flight is not None or not (group.writes or group.replies):
+            return None
+        self._building, self._in_flight = Group(), group
+        return group
+
+    def committed(self, space: Space | None) -> list[Output]:
+        """The group in flight is durable: what to send. `space` was measured after it; None when it had no writes."""
+        group = self._in_flight
+        assert group is not None, "committed() follows begin()"
+        self._in_flight = None
+        if space is not None:
+            self._space = space
+        outputs: list[Output] = list(group.replies)
+        for stored in group.appends:
+            partition = self._partitions.get((stored.topic_id, stored.partition))
+            if partition is not None:
+                partition.durable_next = stored.offset + _records(stored.batch)
+        for key in dict.fromkeys((stored.topic_id, stored.partition) for stored in group.appends):
+            outputs += self._wake(key)
+        for topic_id, row in group.topics.items():
+            if row is None or row.deleted:
+                for key in [key for key in self._waiters if key[0] == topic_id]:
+                    outputs += self._wake(key)
+        self._forget_cold_rows()
+        return outputs
+
+    def tick(self, now: Now) -> tuple[int, list[Output]]:
+        """Do what is due; returns (`mono_ms` to come again at the latest, what to send)."""
+        outputs: list[Output] = []
+        while self._deadlines and (self._deadlines[0][0] <= now.mono_ms or self._deadlines[0][2].done):
+            waiter = heappop(self._deadlines)[2]
+            if not waiter.done:
+                outputs += self._answer_waiter(waiter)
+        if self._trim_at_ms <= now.mono_ms and self._in_flight is None:
+            self._watch_clock(now)
+            more = self._trim(now)
+            self._sweep(now)
+            self._trim_at_ms = now.mono_ms + (1 if more else TRIM_MS)
+        deadline = self._deadlines[0][0] if self._deadlines else self._trim_at_ms
+        return min(deadline, max(self._trim_at_ms, now.mono_ms + 1)), outputs
+
+    # ------------------------------------------------------------------------------------------ decided rows
+
+    def _number(self) -> int:
+        """The next of the one counter that topics, producers, epochs and leases share; it never goes back."""
+        self._counter += 1
+        self._building.counter = self._counter
+        return self._counter
+
+    def _producer(self, producer_id: int) -> ProducerRow | None:
+        if producer_id not in self._producers:
+            self._producers[producer_id] = self._rows.producer(producer_id)
+        return self._producers[producer_id]
+
+    def _producer_named(self, name: str) -> ProducerRow | None:
+        if name not in self._names:
+            self._names[name] = self._rows.producer_id(name)
+        producer_id = self._names[name]
+        return None if producer_id is None else self._producer(producer_id)
+
+    def _put_producer(self, row: ProducerRow) -> None:
+        self._producers[row.producer_id] = self._building.producers[row.producer_id] = row
+
+    def _create_producer(self, row: ProducerRow) -> None:
+        self._put_producer(row)
+        self._names[row.name] = self._building.names[row.name] = row.producer_id
+        self._producer_count += 1
+
+    def _delete_producer(self, row: ProducerRow) -> None:
+        self._producers[row.producer_id] = self._building.producers[row.producer_id] = None
+        self._names[row.name] = self._building.names[row.name] = None
+        self._producer_count -= 1
+
+    def _offset(self, key: OffsetKey) -> OffsetRow | None:
+        if key not in self._offsets:
+            self._offsets[key] = self._rows.offset(key)
+        return self._offsets[key]
+
+    def _put_offset(self, key: OffsetKey, row: OffsetRow) -> None:
+        self._offsets[key] = self._building.offsets[key] = row
+
+    def _put_topic(self, row: TopicRow) -> None:
+        self._topics[row.topic_id] = row
+        if row.deleted:
+            self._deleted_topics.add(row.topic_id)
+        else:
+            self._topic_ids[row.name] = row.topic_id
+
+    def _write_topic(self, row: TopicRow) -> None:
+        self._put_topic(row)
+        self._building.topics[row.topic_id] = row
+
+    def _topic(self, topic_id: int) -> TopicRow | None:
+        row = self._topics.get(topic_id)
+        return None if row is None or row.deleted else row
+
+    def _partition(self, topic_id: int, index: int) -> Partition:
+        partition = self._partitions.get((topic_id, index))
+        if partition is None:
+            ends = self._rows.partition(topic_id, index)
+            partition = self._partitions[topic_id, index] = Partition(ends, self._topics[topic_id].floors[index])
+        return partition
+
+    def _topic_entry(self, row: TopicRow) -> wire.TopicEntry:
+        return topics.entry(row, [self._partition(row.topic_id, index) for index in range(len(row.floors))])
+
+    def _forget_cold_rows(self) -> None:
+        """Keep the caches bounded. Rows of the group being built are not committed yet and must stay."""
+        excess = len(self._producers) - self._limits.rows_cached_max
+        if excess > 0:
+            for key in [key for key in self._producers if key not in self._building.producers][: excess * 2]:
+                del self._producers[key]
+        excess = len(self._names) - self._limits.rows_cached_max
+        if excess > 0:
+            for name in [name for name in self._names if name not in self._building.names][: excess * 2]:
+                del self._names[name]
+        excess = len(self._offsets) - self._limits.rows_cached_max
+        if excess > 0:
+            for position in [key for key in self._offsets if key not in self._building.offsets][: excess * 2]:
+                del self._offsets[position]
+
+    # ---------------------------------------------------------------------------------------------- handlers
+
+    def _hello(self, now: Now, connection: Connection, correlation: int, request: wire.Hello, payload: bytes) -> Any:
+        if connection.serial:
+            raise wire.WireError(Code.BAD_REQUEST, "Hello comes once")
+        if self._access_token and not hmac.compare_digest(request.token.encode(), self._access_token.encode()):
+            return Failed(Code.AUTH_FAILED, "this broker asks for a token, and yours is not it")
+        self._serial += 1
+        connection.serial = self._serial
+        connection.client = request.client
+        self._connections[connection.serial] = connection
+        return wire.Welcome(wire.VERSION, self._version, self._incarnation, self._space.txn_id, self._limits.remembered)
+
+    def _ping(self, now: Now, connection: Connection, correlation: int, request: wire.Ping, payload: bytes) -> Any:
+        return wire.Pong(now.wall_ms)
+
+    def _open(self, now: Now, connection: Connection, correlation: int, request: wire.Open, payload: bytes) -> Any:
+        row = self._producer_named(request.name)
+        opened = producers.opening(row, request, self._counter + 1, connection.client, connection.address, now.wall_ms)
+        if type(opened) is Failed:
+            return opened
+        assert isinstance(opened, ProducerRow)
+        if row is None:
+            if self._producer_count >= self._limits.producers_max:
+                limit = self._limits.producers_max
+                return Failed(Code.QUOTA_EXCEEDED, f"this broker keeps {limit} producer names (producers_max)")
+            self._number()
+            self._create_producer(opened)
+        elif opened is not row:
+            self._number()
+            self._put_producer(opened)
+        return wire.Opened(opened.producer_id, opened.epoch, opened.last_seq, opened.token)
+
+    def _commit(self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes) -> Any:
+        """PROTOCOL section 1, in its order."""
+        batches = wire.slices([append.length for append in request.appends], payload)
+        row: ProducerRow | None = None
+        fingerprint = 0
+        if request.producer_id:
+            # 1
+            if request.last_seq <= request.prev_seq:
+                return Failed(Code.BAD_REQUEST, "a commit must take at least one number: last_seq > prev_seq")
+            # 2
+            row = self._producer(request.producer_id)
+            if row is None:
+                return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {request.producer_id} (any more)")
+            # 3
+            fingerprint = wire.fingerprint(request, batches)
+            result = producers.remembered(row, request.last_seq, fingerprint)
+            if request.epoch < row.epoch:
+                if result is not None:
+                    return wire.Committed(True, list(result.positions))
+                return producers.fenced(row, request.epoch)
+            if request.epoch > row.epoch:
+                return Failed(Code.STORE_REPLACED, f"producer {row.name!r} has not reached epoch {request.epoch}")
+            # 4
+            if connection.serial < self._serials.get(row.producer_id, 0):
+                return Failed(Code.STALE_CONNECTION, f"producer {row.name!r} has a newer connection")
+            self._serials[row.producer_id] = connection.serial
+            # 5
+            if result is not None:
+                return wire.Committed(True, list(result.positions))
+            if request.last_seq <= row.last_seq:
+                return producers.conflict(row, request) or wire.Committed(True, None)
+            # 6
+            refusal = producers.gap(row, request)
+            if refusal is not None:
+                return refusal
+        # 7
+        refusal = self._offsets_refused(request) or self._appends_refused(request, batches)
+        if refusal is not None:
+            return refusal
+        # 8
+        positions = tuple(
+            [
+                self._append(now, append.topic_id, append.partition, batch)
+                for append, batch in zip(request.appends, batches, strict=True)
+            ]
+        )
+        for entry in request.offsets:
+            key = OffsetKey(entry.group, entry.topic_id, entry.partition)
+            position = self._offset(key)
+            assert position is not None, "rule 7 found it"
+            moved = groups.moved(position, entry)
+            if moved is not position:
+                self._put_offset(key, moved)
+        if row is not None:
+            self._put_producer(
+                producers.advanced(row, request, fingerprint, positions, now.wall_ms, self._limits.remembered)
+            )
+        return wire.Committed(False, list(positions))
+
+    def _offsets_refused(self, request: wire.Commit) -> Failed | None:
+        forward_only = not request.producer_id and not request.appends
+        seen: list[OffsetKey] = []
+        for entry in request.offsets:
+            key = OffsetKey(entry.group, entry.topic_id, entry.partition)
+            if key in seen or entry.end < entry.start:
+                return Failed(Code.BAD_REQUEST, "a commit moves a position once, and forward")
+            seen.append(key)
+            refusal = groups.refusal(self._offset(key), entry, forward_only)
+            if refusal is not None:
+                return refusal
+        for entry in request.offsets:
+            topic = self._topic(entry.topic_id)
+            if topic is None or entry.partition >= len(topic.floors):
+                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {entry.topic_id} (any more)")
+            if entry.end > self._partition(entry.topic_id, entry.partition).next:
+                return Failed(Code.BAD_REQUEST, f"position {entry.end} lies beyond the partition's end")
+        return None
+
+    def _appends_refused(self, request: wire.Commit, batches: Sequence[bytes]) -> Failed | None:
+        size = 0
+        for append, batch in zip(request.appends, batches, strict=True):
+            topic = self._topic(append.topic_id)
+            if topic is None or append.partition >= len(topic.floors):
+                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {append.topic_id} (any more)")
+            header = wire.batch_header(batch)
+            if (header.topic_id, header.partition, header.producer_id) != (
+                append.topic_id,
+                append.partition,
+                request.producer_id,
+            ):
+                return Failed(Code.BAD_REQUEST, "the batch was made for another topic, partition or producer")
+            if request.producer_id and not request.prev_seq < header.first_seq <= header.last_seq <= request.last_seq:
+                return Failed(Code.BAD_REQUEST, "the batch has numbers that the commit does not take")
+            self._partition(append.topic_id, append.partition)  # read now: damage must refuse before anything changes
+            size += len(batch) + ROW_BYTES
+        if size > wire.COMMIT_BYTES_MAX + len(batches) * ROW_BYTES:
+            return Failed(Code.TOO_LARGE, f"a commit holds at most {wire.COMMIT_BYTES_MAX} bytes")
+        if request.appends:
+            building = self._building.payload_bytes
+            if building + size > self._limits.group_bytes_max and building:
+                return Failed(Code.BUSY, "too much waits for the disk (group_bytes_max)")
+            waiting = building + (self._in_flight.payload_bytes if self._in_flight is not None else 0) + size
+            space, limits = self._space, self._limits
+            if space.used_bytes + waiting > limits.store_bytes_max - limits.store_bytes_headroom:
+                return Failed(Code.STORE_FULL, f"the store is full at {limits.store_bytes_max} bytes (store_bytes_max)")
+            if waiting > space.disk_bytes - limits.store_bytes_headroom:
+                return Failed(Code.STORE_FULL, "the disk under the data directory is full")
+        return None
+
+    def _append(self, now: Now, topic_id: int, index: int, batch: bytes) -> wire.Position:
+        partition = self._partition(topic_id, index)
+        offset = partition.next
+        timestamp_ms = max(partition.timestamp_ms, now.wall_ms)
+        self._building.appends.append(Stored(topic_id, index, offset, timestamp_ms, partition.end_position, batch))
+        self._building.payload_bytes += len(batch) + ROW_BYTES
+        partition.next = offset + _records(batch)
+        partition.end_position += len(batch)
+        partition.timestamp_ms = timestamp_ms
+        return wire.Position(offset, timestamp_ms)
+
+    def _grant(self, now: Now, connection: Connection, correlation: int, request: wire.Grant, payload: bytes) -> Any:
+        topic = self._topic(request.topic_id)
+        if topic is None or request.partition >= len(topic.floors):
+            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+        key = OffsetKey(request.group, request.topic_id, request.partition)
+        row = self._offset(key)
+        start = self._partition(request.topic_id, request.partition).earliest
+        granted = groups.granting(row, request, self._counter + 1, start)
+        if type(granted) is Failed:
+            return granted
+        assert isinstance(granted, OffsetRow)
+        if granted is not row:
+            self._number()
+            self._put_offset(key, granted)
+        return wire.Granted(granted.lease, granted.next, granted.metadata)
+
+    def _create_topic(
+        self, now: Now, connection: Connection, correlation: int, request: wire.CreateTopic, payload: bytes
+    ) -> Any:
+        refusal = _unsupported(request.settings)
+        if refusal is not None:
+            return refusal
+        topic_id = self._topic_ids.get(request.name)
+        if topic_id is not None:
+            row = self._topics[topic_id]
+            if request.nonce and row.nonce == request.nonce:
+                return wire.TopicIs(self._topic_entry(row))
+            if not request.exist_ok:
+                return Failed(Code.TOPIC_EXISTS, f"topic {request.name!r} exists")
+            differing = _differing(row, request)
+            if differing:
+                return Failed(Code.TOPIC_EXISTS, f"topic {request.name!r} exists with other settings: {differing}")
+            return wire.TopicIs(self._topic_entry(row))
+        if len(self._topics) >= self._limits.topics_max:
+            return Failed(Code.QUOTA_EXCEEDED, f"this broker keeps {self._limits.topics_max} topics (topics_max)")
+        row = TopicRow(
+            self._number(), request.name, request.settings, (0,) * request.partitions, request.nonce, deleted=False
+        )
+        self._write_topic(row)
+        return wire.TopicIs(self._topic_entry(row))
+
+    def _alter_topic(
+        self, now: Now, connection: Connection, correlation: int, request: wire.AlterTopic, payload: bytes
+    ) -> Any:
+        row = self._topic(request.topic_id)
+        if row is None:
+            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+        refusal = _unsupported(request.settings)
+        if refusal is not None:
+            return refusal
+        grown = (0,) * (request.partitions - len(row.floors))
+        altered = row._replace(settings=request.settings, floors=row.floors + grown)
+        if altered != row:
+            self._write_topic(altered)
+        return wire.TopicIs(self._topic_entry(altered))
+
+    def _delete_topic(
+        self, now: Now, connection: Connection, correlation: int, request: wire.DeleteTopic, payload: bytes
+    ) -> Any:
+        row = self._topic(request.topic_id)
+        if row is None:
+            if request.topic_id > self._counter:
+                return Failed(Code.UNKNOWN_TOPIC, f"there never was a topic {request.topic_id}")
+            return wire.Done()
+        del self._topic_ids[row.name]
+        self._write_topic(row._replace(deleted=True))
+        self._trim_at_ms = 0
+        return wire.Done()
+
+    def _purge_topic(
+        self, now: Now, connection: Connection, correlation: int, request: wire.PurgeTopic, payload: bytes
+    ) -> Any:
+        row = self._topic(request.topic_id)
+        if row is None:
+            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+        if len(request.before) != len(row.floors):
+            return Failed(Code.BAD_REQUEST, f"topic {row.name!r} has {len(row.floors)} partitions")
+        partitions = [self._partition(row.topic_id, index) for index in range(len(row.floors))]
+        for partition, before in zip(partitions, request.before, strict=True):
+            if before > partition.durable_next:
+                return Failed(Code.BAD_REQUEST, f"nothing is stored up to {before} yet")
+        floors = tuple(
+            [max(partition.earliest, before) for partition, before in zip(partitions, request.before, strict=True)]
+        )
+        if floors != row.floors:
+            self._write_topic(row._replace(floors=floors))
+            for partition, floor in zip(partitions, floors, strict=True):
+                partition.earliest = floor
+            self._trim_at_ms = 0
+        return wire.Done()
+
+    def _metadata(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Metadata, payload: bytes
+    ) -> Any:
+        if request.names is not None:
+            names, more = [name for name in dict.fromkeys(request.names) if name in self._topic_ids], False
+        else:
+            names = sorted(name for name in self._topic_ids if name > request.after)
+            more = len(names) > wire.NAMES_MAX
+        found: list[wire.TopicEntry] = []
+        partitions = 0
+        for name in names[: wire.NAMES_MAX]:
+            row = self._topics[self._topic_ids[name]]
+            partitions += len(row.floors)
+            if found and partitions > wire.PARTITIONS_MAX * 16 and request.names is None:
+                more = True  # a page must fit into a frame's header
+                break
+            found.append(self._topic_entry(row))
+        return wire.Topics(found, more)
+
+    def _fetch(self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes) -> Any:
+        read = self._look(connection, correlation, request)
+        if request.wait_ms == 0 or read.parts or any(one.offset < one.next for one in read.ranges):
+            return read
+        if connection.fetches >= self._limits.fetches_max:
+            return Failed(Code.BUSY, f"a connection waits for {self._limits.fetches_max} fetches at once (fetches_max)")
+        connection.fetches += 1
+        waiter = _Waiter(connection, correlation, request, now.mono_ms + request.wait_ms)
+        self._waiter_number += 1
+        heappush(self._deadlines, (waiter.deadline_ms, self._waiter_number, waiter))
+        for one in read.ranges:
+            self._waiters.setdefault((one.topic_id, one.partition), []).append(waiter)
+        return None
+
+    def _look(self, connection: Connection, correlation: int, request: wire.Fetch) -> Read:
+        """What a fetch can get now: ranges to read, and parts that are answered without reading."""
+        read = Read(connection, correlation, [], [], request.bytes_max)
+        for topic_id, index, offset in request.ranges:
+            topic = self._topic(topic_id)
+            if topic is None or index >= len(topic.floors):
+                text = f"there is no topic {topic_id} with a partition {index} (any more)"
+                read.parts.append(wire.Part(topic_id, index, 0, 0, [], Code.UNKNOWN_TOPIC, text))
+                continue
+            partition = self._partition(topic_id, index)
+            earliest, end = partition.earliest, partition.durable_next
+            if offset < earliest:
+                text = f"offset {offset} of partition {index} is gone, the earliest is {earliest}"
+                read.parts.append(wire.Part(topic_id, index, earliest, end, [], Code.OFFSET_TRUNCATED, text))
+            elif offset > end:
+                text = f"offset {offset} of partition {index} lies beyond its end at {end}"
+                read.parts.append(wire.Part(topic_id, index, earliest, end, [], Code.BAD_REQUEST, text))
+            else:
+                read.ranges.append(ReadRange(topic_id, index, offset, earliest, end))
+        return read
+
+    def _wake(self, key: tuple[int, int]) -> list[Output]:
+        outputs: list[Output] = []
+        for waiter in self._waiters.pop(key, ()):
+            if not waiter.done:
+                outputs += self._answer_waiter(waiter)
+        return outputs
+
+    def _answer_waiter(self, waiter: _Waiter) -> list[Output]:
+        waiter.done = True
+        waiter.connection.fetches -= 1
+        for topic_id, partition, _ in waiter.request.ranges:
+            waiting = self._waiters.get((topic_id, partition))
+            if waiting is not None:
+                waiting.remove(waiter)
+                if not waiting:
+                    del self._waiters[topic_id, partition]
+        if waiter.connection.closed:
+            return []
+        return [self._look(waiter.connection, waiter.correlation, waiter.request)]
+
+    def _offset_at(
+        self, now: Now, connection: Connection, correlation: int, request: wire.OffsetAt, payload: bytes
+    ) -> Any:
+        topic = self._topic(request.topic_id)
+        if topic is None or request.partition >= len(topic.floors):
+            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+        partition = self._partition(request.topic_id, request.partition)
+        found = self._rows.offset_at(request.topic_id, request.partition, request.timestamp_ms)
+        end = partition.durable_next
+        return wire.OffsetIs(min(max(end if found is None else found, partition.earliest), end))
+
+    def _list_producers(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Producers, payload: bytes
+    ) -> Any:
+        if request.names is not None:
+            rows, more = [self._producer_named(name) for name in dict.fromkeys(request.names)], False
+        else:
+            # The committed names, each as it is decided: one that is created right now may be missing from a page.
+            names = self._rows.producer_names(request.after, wire.NAMES_MAX + 1)
+            rows, more = (
+                [self._producer_named(name) for name, _ in names[: wire.NAMES_MAX]],
+                len(names) > wire.NAMES_MAX,
+            )
+        return wire.ProducersAre(
+            [
+                wire.ProducerEntry(
+                    row.name, row.producer_id, row.epoch, row.last_seq, row.token, row.holder, row.seen_ms
+                )
+                for row in rows
+                if row is not None
+            ],
+            more,
+        )
+
+    def _delete_producer_request(
+        self, now: Now, connection: Connection, correlation: int, request: wire.DeleteProducer, payload: bytes
+    ) -> Any:
+        row = self._producer(request.producer_id)
+        if row is None:
+            if request.producer_id > self._counter:
+                return Failed(Code.UNKNOWN_PRODUCER, f"there never was a producer {request.producer_id}")
+            return wire.Done()
+        if row.epoch != request.epoch:
+            return producers.fenced(row, request.epoch)
+        self._delete_producer(row)
+        return wire.Done()
+
+    # ------------------------------------------------------------------------------------------- housekeeping
+
+    def _watch_clock(self, now: Now) -> None:
+        """A wall clock that jumps must not make retention and expiry delete what is young."""
+        offset_ms = now.wall_ms - now.mono_ms
+        known, self._clock_offset_ms = self._clock_offset_ms, offset_ms
+        if known is not None and abs(offset_ms - known) > self._limits.clock_jump_ms:
+            self._paused_until_ms = now.mono_ms + self._limits.clock_pause_ms
+            self.alarm = f"the wall clock jumped by {offset_ms - known} ms: retention and expiry are paused"
+        elif self.alarm and now.mono_ms >= self._paused_until_ms:
+            self.alarm = ""
+
+    def _trim(self, now: Now) -> bool:
+        """Remove a bounded number of batches that no longer count; True when there is more to do."""
+        more = False
+        age_counts = now.mono_ms >= self._paused_until_ms
+        for row in list(self._topics.values()):
+            for index, floor in enumerate(row.floors):
+                key = (row.topic_id, index)
+                loaded = self._partitions.get(key)
+                wanted = (
+                    row.deleted or row.settings.retention_ms is not None or row.settings.retention_bytes is not None
+                )
+                if not wanted and (loaded is None or not floor):
+                    continue
+                more |= self._trim_partition(row, index, self._partition(*key), now.wall_ms if age_counts else 0)
+            if row.deleted and not more:
+                self._remove_deleted(row)
+        return more
+
+    def _trim_partition(self, row: TopicRow, index: int, partition: Partition, now_ms: int) -> bool:
+        floor = self._topics[row.topic_id].floors[index]
+        marks = self._rows.oldest(row.topic_id, index, TRIM_BATCHES)
+        count = topics.removable(row, partition, floor, marks, now_ms)
+        if not count:
+            return False
+        below = marks[count - 1].end
+        partition.first_position = marks[count - 1].end_position
+        self._building.trims.append(Trim(row.topic_id, index, below))
+        partition.earliest = max(partition.earliest, below)
+        latest = self._topics[row.topic_id]
+        floors = (*latest.floors[:index], max(floor, below), *latest.floors[index + 1 :])
+        self._write_topic(latest._replace(floors=floors))
+        return count == TRIM_BATCHES
+
+    def _remove_deleted(self, row: TopicRow) -> None:
+        """The last of a deleted topic: its row goes when no batch is left, decided or stored."""
+        if self._building.trims or any(
+            self._rows.oldest(row.topic_id, index, 1) or self._undurable(row.topic_id, index)
+            for index in range(len(row.floors))
+        ):
+            return
+        self._building.topics[row.topic_id] = None
+        del self._topics[row.topic_id]
+        self._deleted_topics.discard(row.topic_id)
+        for index in range(len(row.floors)):
+            self._partitions.pop((row.topic_id, index), None)
+
+    def _undurable(self, topic_id: int, index: int) -> bool:
+        partition = self._partitions.get((topic_id, index))
+        return partition is not None and partition.durable_next < partition.next
+
+    def _sweep(self, now: Now) -> None:
+        """Anonymous producers that were idle for long go, a page of rows at a time."""
+        if now.mono_ms < self._paused_until_ms:
+            return
+        rows = self._rows.producers_from(self._swept_to, SWEEP_ROWS)
+        self._swept_to = rows[-1].producer_id + 1 if len(rows) == SWEEP_ROWS else 0
+        for stored in rows:
+            if not stored.anonymous:
+                continue
+            row = self._producer(stored.producer_id)
+            if row is not None and row.seen_ms < now.wall_ms - self._limits.anonymous_idle_ms:
+                self._delete_producer(row)
+
+
+def found(one: ReadRange, batches: Sequence[tuple[int, int, bytes]]) -> wire.Part:
+    """The part of a Fetched that answers one range of a Read; `batches` are (offset, timestamp_ms, bytes), in order.
+
+    What was trimmed between the decision and the reading is reported as gone, never skipped in silence.
+    """
+    if one.offset < one.next and (not batches or batches[0][0] > one.offset):
+        earliest = batches[0][0] if batches else one.next
+        text = f"offset {one.offset} of partition {one.partition} is gone, the earliest is {earliest}"
+        return wire.Part(one.topic_id, one.partition, earliest, one.next, [], Code.OFFSET_TRUNCATED, text)
+    entries = [wire.BatchAt(offset, timestamp_ms, len(batch)) for offset, timestamp_ms, batch in batches]
+    return wire.Part(one.topic_id, one.partition, one.earliest, one.next, entries)
+
+
+_CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MISMATCH})
+"""Refusals after which the bytes of a connection count for nothing more."""
+
+
+def _records(batch: bytes) -> int:
+    """A verified batch's number of records."""
+    return int(wire.BATCH_HEADER.unpack_from(batch)[3])
+
+
+def _unsupported(settings: wire.Settings) -> Failed | None:
+    if settings.dedup_window_ms is not None:
+        return Failed(Code.UNSUPPORTED, "dedup_window (message ids) is not offered yet")
+    if settings.cleanup != "delete":
+        return Failed(Code.UNSUPPORTED, f"cleanup {settings.cleanup!r} is not offered, only 'delete'")
+    return None
+
+
+def _differing(row: TopicRow, request: wire.CreateTopic) -> str:
+    """Names what an existing topic has otherwise, with both values."""
+    have = {"partitions": len(row.floors), **row.settings._asdict()}
+    want = {"partitions": request.partitions, **request.settings._asdict()}
+    return ", ".join(f"{name} is {have[name]} and not {want[name]}" for name in have if have[name] != want[name])
+
+
+_Handler = Callable[[Core, Now, Connection, int, Any, bytes], Any]
+
+_HANDLERS: dict[type[Any], _Handler] = {
+    wire.Hello: Core._hello,
+    wire.Ping: Core._ping,
+    wire.Commit: Core._commit,
+    wire.Open: Core._open,
+    wire.Grant: Core._grant,
+    wire.CreateTopic: Core._create_topic,
+    wire.AlterTopic: Core._alter_topic,
+    wire.DeleteTopic: Core._delete_topic,
+    wire.PurgeTopic: Core._purge_topic,
+    wire.Metadata: Core._metadata,
+    wire.Fetch: Core._fetch,
+    wire.OffsetAt: Core._offset_at,
+    wire.Producers: Core._list_producers,
+    wire.DeleteProducer: Core._delete_producer_request,
+}
+assert _HANDLERS.keys() == wire.REQUESTS.keys(), "every request has its handler"

@@ -1,0 +1,138 @@
+"""Producers: the row of a name, and the rules that need nothing but that row.
+
+Pure: no clock, no store, no connection. A rule takes the row as it is decided and returns what it becomes, or
+the refusal. The numbers are those of PROTOCOL.md, section 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from idemq.client.wire import Code, Commit, Failed, Open, Position
+
+TAKEOVERS_REMEMBERED = 4
+"""Ends of earlier epochs kept in a row; an older asker is told that its outcome is unknown."""
+
+
+class Result(NamedTuple):
+    """What a commit was answered, kept for its repetition."""
+
+    last_seq: int
+    fingerprint: int
+    positions: tuple[Position, ...]
+
+
+class Takeover(NamedTuple):
+    """Where an earlier epoch ended: all of its commits up to `ended_at` are stored, and none above."""
+
+    epoch: int
+    ended_at: int
+
+
+class ProducerRow(NamedTuple):
+    """Everything the broker knows of a producer name. Immutable: what is in flight to the disk never changes."""
+
+    producer_id: int
+    name: str
+    epoch: int
+    session: str
+    last_seq: int
+    token: bytes | None
+    holder: str
+    """Who opened this epoch, as it called itself, for people."""
+    address: str
+    opened_ms: int
+    seen_ms: int
+    anonymous: bool
+    takeovers: tuple[Takeover, ...]
+    results: tuple[Result, ...]
+
+
+def opening(
+    row: ProducerRow | None, request: Open, number: int, holder: str, address: str, now_ms: int
+) -> ProducerRow | Failed:
+    """Rule 10: the row after this Open, or OPEN_RACE. `number` is the next of the store-wide counter."""
+    if row is None:
+        if request.expected_epoch:
+            return Failed(Code.OPEN_RACE, f"producer {request.name!r} does not exist", {"epoch": 0})
+        return ProducerRow(
+            producer_id=number,
+            name=request.name,
+            epoch=number,
+            session=request.session,
+            last_seq=-1,
+            token=None,
+            holder=holder,
+            address=address,
+            opened_ms=now_ms,
+            seen_ms=now_ms,
+            anonymous=request.anonymous,
+            takeovers=(),
+            results=(),
+        )
+    if row.session == request.session:
+        return row
+    if request.expected_epoch != row.epoch:
+        return Failed(Code.OPEN_RACE, f"producer {request.name!r} is at another epoch", {"epoch": row.epoch})
+    return row._replace(
+        epoch=number,
+        session=request.session,
+        holder=holder,
+        address=address,
+        opened_ms=now_ms,
+        seen_ms=now_ms,
+        takeovers=(*row.takeovers, Takeover(row.epoch, row.last_seq))[-TAKEOVERS_REMEMBERED:],
+    )
+
+
+def remembered(row: ProducerRow, last_seq: int, fingerprint: int) -> Result | None:
+    """The result of exactly this commit, if it is among the last K."""
+    for result in reversed(row.results):
+        if result.last_seq == last_seq:
+            return result if result.fingerprint == fingerprint else None
+        if result.last_seq < last_seq:
+            return None
+    return None
+
+
+def fenced(row: ProducerRow, epoch: int) -> Failed:
+    """Rule 3's refusal: who holds the name now, and where the asker's epoch ended (None: no longer known)."""
+    ended_at = next((takeover.ended_at for takeover in row.takeovers if takeover.epoch == epoch), None)
+    return Failed(
+        Code.PRODUCER_FENCED,
+        f"producer {row.name!r} was opened by {row.holder or 'another client'} from {row.address or 'elsewhere'}",
+        {"holder": row.holder, "address": row.address, "opened_ms": row.opened_ms, "ended_at": ended_at},
+    )
+
+
+def conflict(row: ProducerRow, commit: Commit) -> Failed | None:
+    """Rule 5 for a number that is stored with no equal result: a conflict inside the remembered range, else nothing."""
+    if row.results and commit.last_seq >= row.results[0].last_seq:
+        return Failed(
+            Code.SEQUENCE_CONFLICT, f"number {commit.last_seq} of producer {row.name!r} was stored with other content"
+        )
+    return None
+
+
+def gap(row: ProducerRow, commit: Commit) -> Failed | None:
+    """Rule 6: the compare of the compare-and-swap."""
+    if commit.prev_seq == row.last_seq:
+        return None
+    return Failed(
+        Code.SEQUENCE_GAP,
+        f"producer {row.name!r} is at {row.last_seq}, the commit follows {commit.prev_seq}",
+        {"expected": row.last_seq},
+    )
+
+
+def advanced(
+    row: ProducerRow, commit: Commit, fingerprint: int, positions: tuple[Position, ...], now_ms: int, remember: int
+) -> ProducerRow:
+    """Rule 8: the row after the commit is applied; the last `remember` results stay."""
+    result = Result(commit.last_seq, fingerprint, positions)
+    return row._replace(
+        last_seq=commit.last_seq,
+        token=row.token if commit.token is None else commit.token,
+        seen_ms=now_ms,
+        results=(*row.results, result)[-remember:],
+    )
