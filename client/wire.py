@@ -26,9 +26,9 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 import msgpack
 
 try:  # the same CRC-32, several times faster, where the user installed it
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 
 VERSION = 1

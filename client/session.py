@@ -1,0 +1,1311 @@
+"""The client's whole decision logic, pure: numbers, what is in flight, what an answer means, when to try again.
+
+PROTOCOL.md section 2 (rules C1 to C10) lives here and nowhere else. A session is one client's dealings with one broker:
+at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a future:
+time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
+
+    connected, received, disconnected, tick          what the connection and the clock do
+    call, open, enqueue, enqueue_many, transact …    what the user wants
+
+and then does what `take()` says: dial, cut, frames to write, waiters to answer. `wake_at` is when to call `tick` again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, NamedTuple
+
+from . import records, wire
+from .errors import (
+    ClientClosed,
+    ConnectionLost,
+    IdemqError,
+    InvalidRequest,
+    OutcomeUnknown,
+    ProducerFenced,
+    ProtocolMismatch,
+    RetriableError,
+    StoreReplaced,
+    TransactionAborted,
+    TransactionTooLarge,
+    UnknownTopic,
+    from_refusal,
+)
+from .records import Receipt, Record
+from .wire import Code, Failed, crc32
+
+Waiter = Any
+"""Whoever waits for an outcome; the session hands it back with a value or an exception and never looks into it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """The session's settings; seconds unless named otherwise."""
+
+    session: str
+    """Random, one for each client: the broker tells this session's repeated Open from another's (rule 10)."""
+    client: str
+    """Who is calling, for people."""
+    token: str = ""
+    answer_s_max: float = 15.0
+    """A request that is not answered for so long cuts the connection (C3: it is never sent twice on one)."""
+    idle_s: float = 20.0
+    """After so long without a frame a ping asks whether the broker is still there."""
+    retry_s_min: float = 0.05
+    retry_s_max: float = 2.0
+    """Pauses before a dial or a refused request is tried again grow from one to the other, with jitter."""
+    topic_age_s_max: float = 30.0
+    """What is known of a topic is asked for again after this time, behind the sends."""
+
+
+class Frame(NamedTuple):
+    """A request to write on the current connection."""
+
+    correlation: int
+    request: Any
+    payload: Sequence[bytes]
+
+
+class Actions(NamedTuple):
+    """What the shell must do now, in this order."""
+
+    cut: bool
+    dial: bool
+    frames: list[Frame]
+    completions: list[tuple[Waiter, Any]]
+    """(waiter, value or IdemqError)"""
+
+
+class Pending:
+    """An outcome that nobody waits for right now, but somebody may ask for (`OutcomeUnknown.outcome()`)."""
+
+    __slots__ = ("done", "value", "waiters")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.value: Any = None
+        self.waiters: list[Waiter] = []
+
+
+class Topic(NamedTuple):
+    """What a producer must know of a topic."""
+
+    name: str
+    topic_id: int
+    partitions: int
+
+
+class _Part:
+    """The records of one commit for one partition, in columns; a column nobody uses stays None."""
+
+    __slots__ = (
+        "deadlines",
+        "first_seq",
+        "headers",
+        "keys",
+        "last_seq",
+        "partition",
+        "seqs",
+        "topic",
+        "values",
+        "waiters",
+    )
+
+    def __init__(self, topic: Topic, partition: int, first_seq: int) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.first_seq = first_seq
+        self.last_seq = first_seq - 1
+        self.values: list[bytes] = []
+        self.keys: list[bytes | None] | None = None
+        self.headers: list[records.Headers | None] | None = None
+        self.seqs: list[int] | None = None
+        self.waiters: list[Waiter] | None = None
+        self.deadlines: list[float] = []
+        """Parallel to `waiters`."""
+
+    def add(
+        self,
+        value: bytes,
+        key: bytes | None,
+        headers: records.Headers | None,
+        seq: int,
+        waiter: Waiter = None,
+        deadline: float = inf,
+    ) -> None:
+        count = len(self.values)
+        if key is not None:
+            if self.keys is None:
+                self.keys = [None] * count
+            self.keys.append(key)
+        elif self.keys is not None:
+            self.keys.append(None)
+        if headers is not None:
+            if self.headers is None:
+                self.headers = [None] * count
+            self.headers.append(dict(headers))
+        elif self.headers is not None:
+            self.headers.append(None)
+        if self.seqs is not None:
+            self.seqs.append(seq)
+        elif seq != self.last_seq + 1:
+            self.seqs = [*range(self.first_seq, self.last_seq + 1), seq]
+        if waiter is not None:
+            if self.waiters is None:
+                self.waiters = [None] * count
+                self.deadlines = [inf] * count
+            self.waiters.append(waiter)
+            self.deadlines.append(deadline)
+        elif self.waiters is not None:
+            self.waiters.append(None)
+            self.deadlines.append(inf)
+        self.values.append(value)
+        self.last_seq = seq
+
+    def batch(self, producer_id: int, codec: int) -> bytes:
+        deltas = None if self.seqs is None else [seq - self.first_seq for seq in self.seqs]
+        body = records.pack(self.values, self.keys, self.headers, deltas, codec)
+        topic_id, count = self.topic.topic_id, len(self.values)
+        return wire.make_batch(codec, count, topic_id, self.partition, producer_id, self.first_seq, self.last_seq, body)
+
+    def receipt(self, index: int, position: wire.Position | None, duplicate: bool, dedup: bool) -> Receipt:
+        seq = (self.first_seq + index if self.seqs is None else self.seqs[index]) if dedup else None
+        offset = None if position is None else position.offset + index
+        timestamp = None if position is None else position.timestamp_ms
+        return Receipt(self.topic.name, self.partition, offset, seq, timestamp, duplicate)
+
+
+class _Unresolved(NamedTuple):
+    """A numbered record whose topic is not known yet."""
+
+    record: Record
+    seq: int
+    waiter: Waiter = None
+    deadline: float = inf
+
+
+class _Commit:
+    """One commit of a producer's queue: open for more records, or frozen when first sent (C1)."""
+
+    __slots__ = (
+        "answered",
+        "appends",
+        "bytes",
+        "deadline",
+        "ever_sent",
+        "last_seq",
+        "linger_until",
+        "offsets",
+        "open",
+        "order",
+        "parts",
+        "payload",
+        "place",
+        "prev_seq",
+        "records",
+        "refusal",
+        "sent",
+        "token",
+        "topic",
+        "transaction",
+        "unresolved",
+        "waiter",
+    )
+
+    def __init__(self, place: int, topic: str, *, transaction: bool) -> None:
+        self.place = place
+        self.topic = topic
+        """Plain sends of one commit share a topic, so that a refused topic fails nobody else's sends."""
+        self.transaction = transaction
+        self.open = not transaction
+        self.parts: dict[tuple[int, int], _Part] = {}
+        self.order: list[tuple[_Part, int]] = []
+        """A transaction's records in the order they were sent: (part, index in it)."""
+        self.unresolved: list[_Unresolved] = []
+        """Numbered records whose topic is still being looked up."""
+        self.offsets: list[wire.Offset] = []
+        self.token: bytes | None = None
+        self.waiter: Waiter = None
+        self.deadline = inf
+        self.linger_until = 0.0
+        self.prev_seq: int | None = None
+        self.last_seq = -1
+        self.bytes = 0
+        self.records = 0
+        self.appends: list[wire.Append] = []
+        self.payload: list[bytes] = []
+        self.sent = False
+        """On the current connection."""
+        self.ever_sent = False
+        self.refusal: Failed | None = None
+
+    @property
+    def frozen(self) -> bool:
+        return self.prev_seq is not None
+
+
+class _Call:
+    """A request other than a commit. All of them may be repeated; they are, until an answer or the deadline."""
+
+    __slots__ = ("deadline", "ever_sent", "failures", "on_answer", "request", "retry_at", "ticket", "waiter")
+
+    def __init__(self, request: Any, waiter: Waiter, deadline: float, on_answer: Callable[[Any], None] | None) -> None:
+        self.request = request
+        self.waiter = waiter
+        self.deadline = deadline
+        self.on_answer = on_answer
+        self.ticket = 0
+        self.ever_sent = False
+        self.failures = 0
+        self.retry_at = 0.0
+
+
+class Barrier:
+    """Somebody waits until everything a producer had enqueued is decided (`flush`, `send_many`)."""
+
+    __slots__ = ("deadline", "last", "timeout", "waiter")
+
+    def __init__(self, waiter: Waiter, last: int, timeout: float, now: float) -> None:
+        self.waiter = waiter
+        self.last = last
+        """The last commit it waits for, by its place in the producer's line."""
+        self.timeout = timeout
+        self.deadline = now + timeout
+
+
+class Producer:
+    """One producer of a session. Fields without an underscore may be read by the shell; methods are the session's."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        anonymous: bool,
+        dedup: bool,
+        linger_s: float,
+        batch_bytes: int,
+        in_flight: int,
+        codec: int,
+        buffer_bytes: int,
+    ) -> None:
+        self.name = name
+        self.anonymous = anonymous
+        self.dedup = dedup
+        self.linger_s = linger_s
+        self.batch_bytes = batch_bytes
+        self.in_flight_max = in_flight
+        self.codec = codec
+        self.buffer_bytes_max = buffer_bytes
+        self.id = 0
+        self.epoch = 0
+        self.opened = not dedup
+        """The broker knows it (a producer without dedup needs no opening)."""
+        self.opening: _Call | None = None
+        self.error: IdemqError | None = None
+        """Why it ended; None while it lives."""
+        self.token: bytes | None = None
+        self.last_seq = -1
+        """The highest number known to be stored."""
+        self.highest = -1
+        """The highest number given to a record."""
+        self.given: bool | None = None
+        """True: the application gives the numbers; False: they are counted; None: not decided yet."""
+        self.queue: deque[_Commit] = deque()
+        self.places = 0
+        """How many commits were ever put in line."""
+        self.buffered_bytes = 0
+        self.sent = 0
+        """How many commits at the head of the queue are sent on the current connection and not answered well."""
+        self.refused = False
+        """A refusal came: nothing new is sent until all that was sent is answered (C4)."""
+        self.retry_at = 0.0
+        self.failures = 0
+        self.sticky: dict[str, int] = {}
+        self.barriers: list[Barrier] = []
+        self.room_waiters: deque[Waiter] = deque()
+        self.stored = 0
+        self.duplicates = 0
+        """Records answered so far, for summaries."""
+        self.unreported: list[IdemqError] = []
+        """Failures of records that nobody waits for: told by the next flush or close."""
+
+    @property
+    def room(self) -> bool:
+        """May more records be enqueued?"""
+        return self.buffered_bytes < self.buffer_bytes_max
+
+
+class Session:
+    """See the file's head."""
+
+    def __init__(self, config: SessionConfig, rng: random.Random) -> None:
+        self.config = config
+        self.incarnation = b""
+        self.state = "idle"
+        """idle -> dialling -> greeting -> ready (-> cutting) -> idle …; closed at the end."""
+        self.error: IdemqError | None = None
+        """Why no connection will ever be made again (wrong token, other protocol, other store, closed)."""
+        self.wake_at = inf
+        self.producers: list[Producer] = []
+        self.reconnects = 0
+        """Connections made after the first: for people and demos."""
+        self._rng = rng
+        self._correlation = 0
+        self._txn_id = 0
+        self._remembered = wire.REMEMBERED
+        self._cut = self._dial = False
+        self._frames: list[Frame] = []
+        self._completions: list[tuple[Waiter, Any]] = []
+        self._calls: dict[_Call, None] = {}  # an ordered set: resent in the order they were made
+        self._outstanding: dict[int, tuple[float, Any, Any]] = {}  # ticket -> (answer due, call or commit, producer)
+        self._heard_at = 0.0
+        self._dial_at = inf
+        self._dial_failures = 0
+        self._last_failure = ""
+        self._topics: dict[str, tuple[Topic | None, float]] = {}
+        self._looked_up: dict[str, _Call] = {}
+        self._dirty: dict[Producer, None] = {}  # producers to pump before the next take()
+
+    # ------------------------------------------------------------------------------------------ the shell's side
+
+    def take(self, now: float) -> Actions:
+        """What to do now. Call it after every call into the session, or once after several."""
+        while self._dirty:
+            producer = next(iter(self._dirty))
+            del self._dirty[producer]
+            self._pump(now, producer)
+        actions = Actions(self._cut, self._dial, self._frames, self._completions)
+        self._cut = self._dial = False
+        if self._frames:
+            self._frames = []
+        if self._completions:
+            self._completions = []
+        return actions
+
+    def connect(self, now: float) -> None:
+        """Want a connection from now on."""
+        if self.state == "idle" and self.error is None and self._dial_at == inf:
+            self._dial_at = now
+            self._dial_now(now)
+
+    def connected(self, now: float) -> None:
+        """The dial succeeded: greet."""
+        self.state = "greeting"
+        self._heard_at = now
+        self._send(now, wire.Hello(wire.VERSION, self.config.client, self.config.token), (), self, None)
+
+    def disconnected(self, now: float, reason: str) -> None:
+        """The dial failed, or the connection is gone: whatever was sent on it is sent again on the next (C3)."""
+        if self.state == "closed":
+            return
+        self.state = "idle"
+        self._last_failure = reason
+        self._frames.clear()
+        for call in self._calls:
+            call.ticket = 0
+        self._outstanding.clear()
+        for producer in self.producers:
+            producer.sent = 0
+            producer.refused = False
+            producer.retry_at = 0.0
+            for commit in producer.queue:
+                commit.sent = False
+                commit.refusal = None
+        if self.error is None:
+            self._dial_at = now + self._pause(self._dial_failures)
+            self._dial_failures += 1
+            self._wake(self._dial_at)
+
+    def received(self, now: float, correlation: int, message: Any) -> None:
+        """An answer on the current connection. The shell drops those of older connections (C3)."""
+        self._heard_at = now
+        outstanding = self._outstanding.pop(correlation, None)
+        if outstanding is None:
+            if correlation == 0 and type(message) is Failed:  # the broker could not even read what we sent
+                self._refused_greeting(now, message) if self.state == "greeting" else self._cut_now()
+            return
+        _, entry, producer = outstanding
+        if type(entry) is _Commit:
+            self._committed(now, producer, entry, message)
+        elif entry is self:
+            self._welcomed(now, message)
+        elif type(entry) is _Call:
+            self._answered(now, entry, message)
+
+    def protocol_broken(self, now: float, reason: str) -> None:
+        """The other side sent what this protocol does not allow: trust nothing more on this connection."""
+        if self.state == "greeting" and not self.incarnation:
+            self._end(now, ProtocolMismatch(f"the other side is no idemq broker of this version: {reason}"))
+        else:
+            self._cut_now()
+
+    def tick(self, now: float) -> None:
+        """The time has come: retries, deadlines, lingering, dials. Sets `wake_at`."""
+        self.wake_at = inf
+        if self.state == "idle" and self._dial_at <= now and self.error is None:
+            self._dial_now(now)
+        elif self.state == "idle":
+            self._wake(self._dial_at)
+        if self._outstanding:
+            due = min(due for due, _, _ in self._outstanding.values())
+            if due <= now:
+                self._cut_now()
+            else:
+                self._wake(due)
+        if self.state == "ready" and not self._outstanding:
+            if self._heard_at + self.config.idle_s <= now:
+                self._send(now, wire.Ping(), (), None, None)
+            else:
+                self._wake(self._heard_at + self.config.idle_s)
+        for call in list(self._calls):
+            self._tick_call(now, call)
+        for producer in self.producers:
+            self._tick_producer(now, producer)
+
+    def close(self, now: float) -> None:
+        """The end: every connection is given up, whoever still waits is told."""
+        self._end(now, ClientClosed("the client was closed"))
+        self.state = "closed"
+
+    # ---------------------------------------------------------------------------------------------- plain calls
+
+    def call(
+        self,
+        now: float,
+        request: Any,
+        waiter: Waiter,
+        deadline: float,
+        on_answer: Callable[[Any], None] | None = None,
+    ) -> _Call | None:
+        """Send a request other than a commit, and again, until an answer or the deadline.
+
+        The waiter gets the reply, or an IdemqError; `on_answer` (if any) sees the reply or Failed instead and decides.
+        """
+        if self.error is not None:
+            self._complete(waiter, self.error)
+            return None
+        call = _Call(request, waiter, deadline, on_answer)
+        self._calls[call] = None
+        self._wake(deadline)
+        self.connect(now)
+        if self.state == "ready":
+            self._send_call(now, call)
+        return call
+
+    def forget(self, call: _Call | None) -> None:
+        """Nobody waits for this call any more: it is not repeated, its answer is dropped."""
+        if call is not None:
+            self._calls.pop(call, None)
+            call.waiter = call.on_answer = None
+
+    def topic(self, now: float, name: str) -> Topic | None:
+        """What is known of a topic, if it is known; old knowledge is refreshed behind the caller's back."""
+        known = self._topics.get(name)
+        if known is None:
+            return None
+        topic, learnt_at = known
+        if now - learnt_at > self.config.topic_age_s_max:
+            self.look_up(now, name, None, inf)
+        return topic
+
+    def look_up(self, now: float, name: str, waiter: Waiter, deadline: float) -> None:
+        """Ask for a topic: the waiter gets a Topic, or UnknownTopic. One question at a time for each name."""
+        if waiter is not None:
+            self.call(
+                now,
+                wire.Metadata([name]),
+                None,
+                deadline,
+                lambda answer: self._complete(waiter, self._learn(now, name, answer)),
+            )
+        elif name not in self._looked_up:
+            call = self.call(
+                now,
+                wire.Metadata([name]),
+                None,
+                inf,
+                lambda answer: self._looked(now, name, self._learn(now, name, answer)),
+            )
+            if call is not None:
+                self._looked_up[name] = call
+
+    def _learn(self, now: float, name: str, answer: Any) -> Topic | IdemqError:
+        if type(answer) is Failed:
+            return from_refusal(answer)
+        if isinstance(answer, IdemqError):
+            return answer
+        for entry in answer.topics:
+            if entry.name == name:
+                topic = Topic(name, entry.topic_id, len(entry.partitions))
+                self._topics[name] = (topic, self._heard_at)
+                return topic
+        self._topics.pop(name, None)
+        return UnknownTopic(f"there is no topic {name!r}")
+
+    def _looked(self, now: float, name: str, found: Topic | IdemqError) -> None:
+        self._looked_up.pop(name, None)
+        for producer in self.producers:
+            for commit in [commit for commit in producer.queue if commit.unresolved and commit.topic == name]:
+                if isinstance(found, Topic):
+                    self._resolve(producer, commit, found)
+                elif commit in producer.queue:
+                    self._fail_definitely(self._heard_at, producer, commit, found)
+            self._dirty[producer] = None
+
+    def _send_call(self, now: float, call: _Call) -> None:
+        wait_s = call.request.wait_ms / 1000 if type(call.request) is wire.Fetch else 0.0
+        call.ticket = self._send(now, call.request, (), call, None, wait_s)
+        call.ever_sent = True
+
+    def _answered(self, now: float, call: _Call, answer: Any) -> None:
+        call.ticket = 0
+        if call not in self._calls:
+            return
+        if type(answer) is Failed and answer.code == Code.CHECKSUM_MISMATCH:
+            self._cut_now()
+            return
+        if type(answer) is Failed and answer.code in Code.__members__ and wire.REMEDIES[Code(answer.code)].retriable:
+            call.failures += 1
+            call.retry_at = now + self._pause(call.failures)
+            self._wake(call.retry_at)
+            return
+        del self._calls[call]
+        if call.on_answer is not None:
+            call.on_answer(answer)
+        elif type(answer) is Failed:
+            self._complete(call.waiter, from_refusal(answer))
+        else:
+            self._complete(call.waiter, answer)
+
+    def _tick_call(self, now: float, call: _Call) -> None:
+        if call.deadline <= now:
+            self._calls.pop(call, None)
+            error = self._timed_out(call)
+            if call.on_answer is not None:
+                call.on_answer(error)
+            else:
+                self._complete(call.waiter, error)
+            return
+        self._wake(call.deadline)
+        if self.state == "ready" and not call.ticket:
+            if call.retry_at <= now:
+                self._send_call(now, call)
+            else:
+                self._wake(call.retry_at)
+
+    def _timed_out(self, call: _Call) -> IdemqError:
+        what = type(call.request).__name__
+        if call.ever_sent and type(call.request) not in _READS:
+            return OutcomeUnknown(f"{what} was sent and not answered in time; repeating it does no harm")
+        reason = f" ({self._last_failure})" if self._last_failure and self.state != "ready" else ""
+        return ConnectionLost(f"{what} was not answered in time{reason}")
+
+    # ---------------------------------------------------------------------------------------------- the connection
+
+    def _dial_now(self, now: float) -> None:
+        self.state = "dialling"
+        self._dial_at = inf
+        self._dial = True
+
+    def _welcomed(self, now: float, message: Any) -> None:
+        if type(message) is Failed:
+            self._refused_greeting(now, message)
+            return
+        # Rule 17, before anything is sent: another store, or this one gone back in time, knows nothing of our numbers.
+        if self.incarnation and (message.incarnation != self.incarnation or message.txn_id < self._txn_id):
+            self._end(now, StoreReplaced("the broker runs on another store than this client spoke to before"))
+            return
+        if self.incarnation:
+            self.reconnects += 1
+        self.incarnation = message.incarnation
+        self._txn_id = message.txn_id
+        self._remembered = message.remembered
+        self.state = "ready"
+        self._dial_failures = 0
+        self._wake(now + self.config.idle_s)
+        for call in list(self._calls):
+            if call.retry_at <= now:
+                self._send_call(now, call)
+        for producer in self.producers:
+            self._dirty[producer] = None
+
+    def _refused_greeting(self, now: float, message: Failed) -> None:
+        if message.code in Code.__members__ and wire.REMEDIES[Code(message.code)].retriable:
+            self._cut_now()
+            self._last_failure = message.text
+        else:
+            self._end(now, from_refusal(message))
+
+    def _cut_now(self) -> None:
+        """Give the connection up; the shell reports `disconnected` when it is closed."""
+        self.state = "cutting"
+        self._cut = True
+        self._outstanding.clear()
+
+    def _end(self, now: float, error: IdemqError) -> None:
+        """No connection will be made again: tell whoever waits."""
+        if self.error is not None:
+            return
+        self.error = error
+        self._cut_now()
+        for call in list(self._calls):
+            del self._calls[call]
+            if call.on_answer is not None:
+                call.on_answer(error)
+            else:
+                self._complete(call.waiter, error)
+        for producer in list(self.producers):
+            self._end_producer(now, producer, error)
+
+    def _send(
+        self, now: float, request: Any, payload: Sequence[bytes], entry: Any, producer: Any, wait_s: float = 0.0
+    ) -> int:
+        self._correlation += 1
+        due = now + self.config.answer_s_max + wait_s
+        self._outstanding[self._correlation] = (due, entry, producer)
+        self._wake(due)
+        self._frames.append(Frame(self._correlation, request, payload))
+        return self._correlation
+
+    def _pause(self, failures: int) -> float:
+        longest = min(self.config.retry_s_max, self.config.retry_s_min * 2.0 ** min(failures, 20))
+        return longest * (0.5 + self._rng.random() / 2)
+
+    def _wake(self, at: float) -> None:
+        if at < self.wake_at:
+            self.wake_at = at
+
+    def _complete(self, waiter: Waiter, value: Any) -> None:
+        if waiter is None:
+            return
+        if type(waiter) is Pending:
+            waiter.done, waiter.value = True, value
+            self._completions += [(one, value) for one in waiter.waiters]
+            return
+        self._completions.append((waiter, value))
+
+    # ------------------------------------------------------------------------------------------------- producers
+
+    def add(self, producer: Producer) -> None:
+        """Take a producer into this session. Without dedup it needs no opening."""
+        self.producers.append(producer)
+        if self.error is not None:
+            producer.error = self.error
+
+    def remove(self, now: float, producer: Producer) -> list[IdemqError]:
+        """Give a producer up (C7). Returns what was never reported: failures, and what is now unknown."""
+        if producer in self.producers:
+            self._end_producer(now, producer, ClientClosed("the producer was closed"))
+            self.producers.remove(producer)
+        unreported, producer.unreported = producer.unreported, []
+        return unreported
+
+    def open(self, now: float, producer: Producer, waiter: Waiter, deadline: float) -> None:
+        """Open a producer's name; the waiter gets the producer, or the error."""
+        if producer.error is not None:
+            self._complete(waiter, producer.error)
+        elif producer.opened:
+            self._complete(waiter, producer)
+        else:
+            self._open(now, producer, waiter, deadline, 0)
+
+    def _open(self, now: float, producer: Producer, waiter: Waiter, deadline: float, expected_epoch: int) -> None:
+        request = wire.Open(producer.name, self.config.session, expected_epoch, producer.anonymous)
+
+        def answered(answer: Any) -> None:
+            producer.opening = None
+            if type(answer) is Failed and answer.code == Code.OPEN_RACE and answer.details.get("epoch") is not None:
+                # A fresh session asks again with the epoch it was told (rule 10); the first to be stored wins.
+                epoch = answer.details["epoch"]
+                assert isinstance(epoch, int)
+                self._open(self._heard_at, producer, waiter, deadline, epoch)
+            elif type(answer) is wire.Opened:
+                producer.id, producer.epoch, producer.opened = answer.producer_id, answer.epoch, True
+                producer.last_seq = max(producer.last_seq, answer.last_seq)
+                producer.highest = max(producer.highest, answer.last_seq)
+                producer.token = answer.token
+                self._dirty[producer] = None
+                self._complete(waiter, producer)
+            else:
+                error = from_refusal(answer) if type(answer) is Failed else answer
+                if not isinstance(error, (ConnectionLost, OutcomeUnknown)):
+                    self._end_producer(self._heard_at, producer, error)
+                self._complete(waiter, error)
+
+        producer.opening = self.call(now, request, None, deadline, answered)
+        if producer.opening is None:
+            self._complete(waiter, self.error)
+
+    def flush(self, now: float, producer: Producer, waiter: Waiter, timeout: float) -> None:
+        """The waiter is answered when everything enqueued so far is decided: None, or the first unreported failure.
+
+        `timeout` is a progress deadline: it starts again with each commit that is answered.
+        """
+        self._dirty[producer] = None
+        for commit in producer.queue:
+            commit.linger_until = 0.0
+        if not producer.queue:
+            self._complete(waiter, self._report(producer))
+            return
+        barrier = Barrier(waiter, producer.queue[-1].place, timeout, now)
+        producer.barriers.append(barrier)
+        self._close_tail(producer)
+        self._wake(barrier.deadline)
+
+    def want_room(self, producer: Producer, waiter: Waiter) -> None:
+        """The waiter is answered (None) when records may be enqueued again; first come, first served."""
+        producer.room_waiters.append(waiter)
+
+    def leave_room(self, producer: Producer, waiter: Waiter) -> None:
+        """The waiter wants no room any more: whoever is behind it gets what it may have been offered."""
+        if waiter in producer.room_waiters:
+            producer.room_waiters.remove(waiter)
+        else:
+            self._offer_room(producer)
+
+    def _offer_room(self, producer: Producer) -> None:
+        """One at a time: each that enqueues offers on, so that the buffer fills once and not by all at once."""
+        if producer.room_waiters and producer.room:
+            self._complete(producer.room_waiters.popleft(), None)
+
+    # ----------------------------------------------------------------------------------------------- enqueueing
+
+    def enqueue(
+        self, now: float, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float
+    ) -> int:
+        """Number a record and put it in line; returns its number. The waiter gets a Receipt, or an IdemqError.
+
+        Raises (and enqueues nothing) when the record is wrong or the producer has ended.
+        """
+        size = records.check_record(record.value, record.key, record.headers) + 16
+        self._check_alive(producer)
+        seq = self._next_seq(producer, record.seq)
+        if seq is None:
+            self._join(producer, topic, record, waiter, deadline)
+            assert record.seq is not None
+            return record.seq
+        commit = self._tail(now, producer, topic, size)
+        if deadline < commit.deadline:
+            commit.deadline = deadline
+            self._wake(deadline)
+        known = self.topic(now, topic)
+        if known is None or commit.unresolved:
+            commit.unresolved.append(_Unresolved(record, seq, waiter, deadline))
+            self.look_up(now, topic, None, inf)
+        else:
+            try:
+                index = self._partition(producer, commit, known, record)
+            except InvalidRequest:
+                if not commit.records:
+                    producer.queue.remove(commit)
+                raise
+            part = self._part(commit, known, index, seq)
+            part.add(record.value, record.key, record.headers, seq, waiter, deadline)
+        producer.highest = commit.last_seq = seq
+        commit.records += 1
+        commit.bytes += size
+        producer.buffered_bytes += size
+        self._offer_room(producer)
+        self._dirty[producer] = None
+        return seq
+
+    def enqueue_values(self, now: float, producer: Producer, topic: str, values: list[bytes]) -> None:
+        """The fast way for plain values without keys or numbers: one partition takes them all, nobody waits for each.
+
+        They must be bytes within MESSAGE_BYTES_MAX (the caller looked), at most about `batch_bytes` together.
+        """
+        self._check_alive(producer)
+        self._next_seq(producer, None)
+        size = sum(map(len, values)) + 16 * len(values)
+        commit = self._tail(now, producer, topic, size)
+        known = self.topic(now, topic)
+        first = producer.highest + 1
+        last = producer.highest + len(values)
+        if known is None or commit.unresolved:
+            commit.unresolved += [_Unresolved(Record(value), first + index) for index, value in enumerate(values)]
+            self.look_up(now, topic, None, inf)
+        else:
+            part = self._part(commit, known, self._partition(producer, commit, known, _PLAIN), first)
+            if part.keys is None and part.headers is None and part.waiters is None and part.last_seq + 1 == first:
+                if part.seqs is not None:
+                    part.seqs += range(first, last + 1)
+                part.values += values
+                part.last_seq = last
+            else:
+                for index, value in enumerate(values):
+                    part.add(value, None, None, first + index)
+        producer.highest = commit.last_seq = last
+        commit.records += len(values)
+        commit.bytes += size
+        producer.buffered_bytes += size
+        self._offer_room(producer)
+        self._dirty[producer] = None
+
+    def transact(
+        self,
+        now: float,
+        producer: Producer,
+        sends: Sequence[tuple[Topic, Record]],
+        offsets: Sequence[wire.Offset],
+        token: bytes | None,
+        waiter: Waiter,
+        deadline: float,
+    ) -> int:
+        """Put a whole transaction in line; returns its last number. The waiter gets its receipts, in order.
+
+        Records at or below the producer's last number were sent before: they are left out and answered as duplicates.
+        """
+        self._check_alive(producer)
+        size = len(token or b"")
+        for topic, record in sends:
+            size += records.check_record(record.value, record.key, record.headers) + 16
+            if record.partition is not None and not 0 <= record.partition < topic.partitions:
+                raise InvalidRequest(f"topic {topic.name!r} has partitions 0 .. {topic.partitions - 1}")
+        if size > wire.COMMIT_BYTES_MAX - (64 << 10):
+            raise TransactionTooLarge(f"a transaction of {size} bytes; at most {wire.COMMIT_BYTES_MAX} are allowed")
+        if not sends and producer.given:
+            raise InvalidRequest("a transaction of a producer with given numbers needs a record that carries one")
+        self._close_tail(producer)
+        producer.places += 1
+        commit = _Commit(producer.places, "", transaction=True)
+        duplicates: list[Receipt] = []
+        highest, given, sticky = producer.highest, producer.given, dict(producer.sticky)
+        try:
+            for topic, record in sends:
+                seq = self._next_seq(producer, record.seq)
+                index = self._partition(producer, commit, topic, record)
+                if seq is None:
+                    duplicates.append(Receipt(topic.name, index, None, record.seq, None, True))
+                    continue
+                part = self._part(commit, topic, index, seq)
+                commit.order.append((part, len(part.values)))
+                part.add(record.value, record.key, record.headers, seq)
+                producer.highest = commit.last_seq = seq
+            if len(commit.parts) > wire.APPENDS_MAX:
+                raise TransactionTooLarge(f"a transaction touches at most {wire.APPENDS_MAX} partitions")
+        except IdemqError:
+            producer.highest, producer.given, producer.sticky = highest, given, sticky
+            raise
+        if duplicates and not commit.order:
+            producer.duplicates += len(duplicates)
+            self._complete(waiter, duplicates)
+            return producer.highest
+        if not commit.order:
+            producer.given = False if producer.given is None and producer.dedup else producer.given
+            producer.highest += 1
+            commit.last_seq = producer.highest
+        commit.offsets = list(offsets)
+        commit.token = token
+        commit.records = len(commit.order)
+        commit.bytes = size
+        commit.waiter = waiter if not duplicates else _Prefixed(duplicates, waiter)
+        producer.duplicates += len(duplicates)
+        commit.deadline = deadline
+        self._wake(deadline)
+        producer.buffered_bytes += size
+        producer.queue.append(commit)
+        self._dirty[producer] = None
+        return commit.last_seq
+
+    def _check_alive(self, producer: Producer) -> None:
+        if producer.error is not None:
+            raise producer.error
+
+    def _next_seq(self, producer: Producer, seq: int | None) -> int | None:
+        """The record's number, or None when this number was enqueued or stored before (C8)."""
+        if seq is None:
+            if producer.given:
+                raise InvalidRequest("this producer is given numbers: pass seq with every message, or with none")
+            producer.given = False
+            return producer.highest + 1
+        if type(seq) is not int or not 0 <= seq <= wire.NUMBER_MAX:
+            raise InvalidRequest(f"seq must be a number in 0 .. {wire.NUMBER_MAX}, not {seq!r}")
+        if not producer.dedup:
+            raise InvalidRequest("a producer with dedup=False has no numbers")
+        if producer.given is False:
+            raise InvalidRequest("this producer counts by itself: pass seq with every message, or with none")
+        if not producer.opened:
+            raise InvalidRequest("numbers need a named producer: async with mq.producer(NAME)")
+        producer.given = True
+        return None if seq <= producer.highest else seq
+
+    def _join(self, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float) -> None:
+        """A number that was given before: wait for that record, or answer that it is stored."""
+        producer.duplicates += 1
+        if waiter is None:
+            return
+        seq = record.seq
+        for commit in producer.queue:
+            if seq is not None and seq <= commit.last_seq:
+                for part in commit.parts.values():
+                    numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
+                    if seq in numbers:
+                        if part.waiters is None:
+                            part.waiters = [None] * len(part.values)
+                            part.deadlines = [inf] * len(part.values)
+                        index = numbers.index(seq)
+                        part.waiters[index] = _Joined(part.waiters[index], waiter)
+                        part.deadlines[index] = min(part.deadlines[index], deadline)
+                        commit.deadline = min(commit.deadline, deadline)
+                        self._wake(deadline)
+                        return
+                for position, one in enumerate(commit.unresolved):
+                    if one.seq == seq:
+                        commit.unresolved[position] = one._replace(waiter=_Joined(one.waiter, waiter))
+                        return
+                break
+        self._complete(waiter, Receipt(topic, record.partition or 0, None, seq, None, True))
+
+    def _tail(self, now: float, producer: Producer, topic: str, size: int) -> _Commit:
+        """The open commit that takes the next record of this topic."""
+        if producer.queue:
+            tail = producer.queue[-1]
+            if tail.open and tail.topic == topic and (tail.bytes + size <= producer.batch_bytes or not tail.records):
+                return tail
+            tail.open = False
+        if not producer.opened and producer.opening is None:
+            self._open(now, producer, None, inf, 0)
+        producer.places += 1
+        commit = _Commit(producer.places, topic, transaction=False)
+        if producer.linger_s:
+            commit.linger_until = now + producer.linger_s
+            self._wake(commit.linger_until)
+        if topic in producer.sticky:
+            producer.sticky[topic] += 1
+        producer.queue.append(commit)
+        return commit
+
+    def _close_tail(self, producer: Producer) -> None:
+        if producer.queue:
+            producer.queue[-1].open = False
+
+    def _partition(self, producer: Producer, commit: _Commit, topic: Topic, record: Record) -> int:
+        if record.partition is not None:
+            if not 0 <= record.partition < topic.partitions:
+                raise InvalidRequest(f"topic {topic.name!r} has partitions 0 .. {topic.partitions - 1}")
+            return record.partition
+        if record.key is not None:
+            return int(crc32(record.key) % topic.partitions)
+        if topic.partitions == 1:
+            return 0
+        sticky = producer.sticky.get(topic.name)
+        if sticky is None:
+            sticky = producer.sticky[topic.name] = self._rng.randrange(topic.partitions)
+        return sticky % topic.partitions
+
+    def _part(self, commit: _Commit, topic: Topic, partition: int, seq: int) -> _Part:
+        key = (topic.topic_id, partition)
+        part = commit.parts.get(key)
+        if part is None:
+            part = commit.parts[key] = _Part(topic, partition, seq)
+        return part
+
+    def _resolve(self, producer: Producer, commit: _Commit, topic: Topic) -> None:
+        """The topic is known now: give the commit's records their partitions."""
+        unresolved, commit.unresolved = commit.unresolved, []
+        for record, seq, waiter, deadline in unresolved:
+            try:
+                index = self._partition(producer, commit, topic, record)
+            except InvalidRequest as error:  # its number stays a gap, which is free (C1)
+                commit.records -= 1
+                if waiter is None:
+                    producer.unreported.append(error)
+                self._tell(waiter, error)
+                continue
+            part = self._part(commit, topic, index, seq)
+            part.add(record.value, record.key, record.headers, seq, waiter, deadline)
+        if not commit.records:
+            self._pop(producer, commit)
+
+    # -------------------------------------------------------------------------------------- sending and answers
+
+    def _pump(self, now: float, producer: Producer) -> None:
+        """Send what may be sent: in order, at most W unanswered, nothing while a refusal is being drained."""
+        if self.state != "ready" or not producer.opened or producer.refused or producer.error is not None:
+            return
+        if producer.retry_at > now:
+            self._wake(producer.retry_at)
+            return
+        window = min(producer.in_flight_max, self._remembered)
+        while producer.sent < window and producer.sent < len(producer.queue):
+            commit = producer.queue[producer.sent]
+            if commit.unresolved:
+                return
+            if commit.open and commit.linger_until > now and commit.bytes < producer.batch_bytes:
+                self._wake(commit.linger_until)
+                return
+            if not commit.frozen:
+                self._freeze(producer, commit)
+            assert commit.prev_seq is not None
+            request = wire.Commit(
+                producer.id,
+                producer.epoch,
+                commit.prev_seq,
+                commit.last_seq,
+                commit.appends,
+                commit.offsets,
+                commit.token,
+            )
+            self._send(now, request, commit.payload, commit, producer)
+            commit.sent = commit.ever_sent = True
+            producer.sent += 1
+
+    def _freeze(self, producer: Producer, commit: _Commit) -> None:
+        """C1: the cut, the bytes and the numbers never change from here on. C2: what it follows."""
+        commit.open = False
+        index = producer.sent
+        if not producer.dedup:
+            commit.prev_seq = -1
+        elif index:
+            commit.prev_seq = max(producer.queue[index - 1].last_seq, producer.last_seq)
+        else:
+            commit.prev_seq = producer.last_seq
+        for part in commit.parts.values():
+            batch = part.batch(producer.id, producer.codec)
+            commit.appends.append(wire.Append(part.topic.topic_id, part.partition, len(batch)))
+            commit.payload.append(batch)
+
+    def _committed(self, now: float, producer: Producer, commit: _Commit, answer: Any) -> None:
+        """An answer to a commit of this connection."""
+        if producer.error is not None:
+            return
+        if type(answer) is wire.Committed:
+            producer.failures = 0
+            self._stored(producer, commit, answer.duplicate, answer.positions)
+            for barrier in producer.barriers:
+                barrier.deadline = now + barrier.timeout
+        elif answer.code in (Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH):
+            # Neither is an answer to the commit: a newer connection of ours, or bytes damaged on the way.
+            self._cut_now()
+            return
+        else:
+            commit.refusal = answer
+            producer.refused = True
+        if producer.refused and all(one.refusal is not None for one in producer.queue if one.sent):
+            self._act_on_refusal(now, producer)
+        self._dirty[producer] = None
+
+    def _stored(
+        self, producer: Producer, commit: _Commit, duplicate: bool, positions: Sequence[wire.Position] | None
+    ) -> None:
+        if duplicate:
+            producer.duplicates += commit.records
+        else:
+            producer.stored += commit.records
+        if producer.dedup:
+            producer.last_seq = max(producer.last_seq, commit.last_seq)
+        if commit.token is not None:
+            producer.token = commit.token
+        found: Iterable[wire.Position | None] = positions if positions is not None else [None] * len(commit.parts)
+        where = dict(zip(commit.parts.values(), found, strict=True))
+        if commit.transaction:
+            receipts = [part.receipt(index, where[part], duplicate, producer.dedup) for part, index in commit.order]
+            self._tell(commit.waiter, receipts)
+        for part, position in where.items():
+            for index, waiter in enumerate(part.waiters or ()):
+                if waiter is not None:
+                    self._tell(waiter, part.receipt(index, position, duplicate, producer.dedup))
+        self._pop(producer, commit)
+
+    def _tell(self, waiter: Waiter, value: Any) -> None:
+        """Complete a waiter, or those it stands for."""
+        if type(waiter) is _Joined:
+            self._tell(waiter.first, value)
+            again = value._replace(duplicate=True) if isinstance(value, Receipt) else value
+            self._tell(waiter.second, again)
+        elif type(waiter) is _Prefixed:
+            self._tell(waiter.waiter, value if isinstance(value, IdemqError) else waiter.duplicates + value)
+        else:
+            self._complete(waiter, value)
+
+    def _pop(self, producer: Producer, commit: _Commit) -> None:
+        """A commit is decided: it leaves the queue, and whoever waited for that may go on."""
+        if producer.queue and producer.queue[0] is commit:
+            producer.queue.popleft()
+        else:
+            producer.queue.remove(commit)
+        if commit.sent:
+            producer.sent -= 1
+        producer.buffered_bytes -= commit.bytes
+        self._offer_room(producer)
+        while producer.barriers and (not producer.queue or producer.queue[0].place > producer.barriers[0].last):
+            self._complete(producer.barriers.pop(0).waiter, self._report(producer))
+
+    def _report(self, producer: Producer) -> IdemqError | None:
+        unreported, producer.unreported = producer.unreported, []
+        return unreported[0] if unreported else None
+
+    def _act_on_refusal(self, now: float, producer: Producer) -> None:
+        """C4: every answer of this connection is here. The first refusal that is no gap is the reason of all."""
+        producer.refused = False
+        sent = [commit for commit in producer.queue if commit.sent]
+        head = next((one for one in sent if one.refusal is not None and one.refusal.code != Code.SEQUENCE_GAP), sent[0])
+        refusal = head.refusal
+        assert refusal is not None
+        for commit in sent:
+            commit.sent, commit.refusal = False, None
+        producer.sent = 0
+        code = Code(refusal.code) if refusal.code in Code.__members__ else None
+        if code is not None and wire.REMEDIES[code].retriable:
+            self._last_failure = refusal.text
+            producer.failures += 1
+            producer.retry_at = now + self._pause(producer.failures)
+            self._wake(producer.retry_at)
+        elif code == Code.PRODUCER_FENCED:
+            self._fenced(now, producer, refusal)
+        elif code in (Code.UNKNOWN_PRODUCER, Code.STORE_REPLACED, Code.SEQUENCE_GAP, Code.SEQUENCE_CONFLICT):
+            error = from_refusal(refusal)
+            if code in (Code.SEQUENCE_CONFLICT, Code.SEQUENCE_GAP):
+                # Refused here, so not stored now or later (C5): the numbers no longer fit together.
+                self._fail(producer, head, error)
+            self._end_producer(now, producer, error, unknown=code != Code.SEQUENCE_GAP)
+        else:
+            if code == Code.UNKNOWN_TOPIC:
+                for part in head.parts.values():
+                    self._topics.pop(part.topic.name, None)
+            self._fail_definitely(now, producer, head, from_refusal(refusal))
+
+    def _fail_definitely(self, now: float, producer: Producer, head: _Commit, error: IdemqError) -> None:
+        """C4: the head is not stored, now or later. What follows it?"""
+        queue = list(producer.queue)
+        behind = queue[queue.index(head) + 1 :]
+        if producer.given or head.transaction:
+            # Numbers that mean positions must not be skipped, and transactions may build on each other.
+            self._fail(producer, head, error)
+            text = f"not stored, because what was sent before it was refused ({error.code})"
+            for commit in behind:
+                kind = TransactionAborted if commit.transaction else RetriableError
+                self._fail(producer, commit, kind(text))
+            if producer.given:
+                # The application may give these numbers again: they go on behind the last that is not refused.
+                producer.highest = max([producer.last_seq, *[commit.last_seq for commit in producer.queue]])
+        else:
+            if behind and behind[0].frozen:
+                behind[0].prev_seq = head.prev_seq
+            self._fail(producer, head, error)
+
+    def _fenced(self, now: float, producer: Producer, refusal: Failed) -> None:
+        """C6: what is stored of the queue is known from where this epoch ended. C10: the producer ends."""
+        error = from_refusal(refusal)
+        assert isinstance(error, ProducerFenced)
+        ended_at = refusal.details.get("ended_at")
+        for commit in list(producer.queue):
+            if isinstance(ended_at, int) and commit.ever_sent and commit.last_seq <= ended_at:
+                self._stored(producer, commit, True, None)
+            elif isinstance(ended_at, int) or not commit.ever_sent:
+                self._fail(producer, commit, error)
+        self._end_producer(now, producer, error, unknown=True)
+
+    def _fail(self, producer: Producer, commit: _Commit, error: IdemqError) -> None:
+        """Tell whoever waits for a commit that it failed; what nobody waits for is kept for flush and close."""
+        told = 0
+        if commit.transaction:
+            told += commit.records if commit.waiter is not None and type(commit.waiter) is not Pending else 0
+            self._tell(commit.waiter, error)
+        waiters = [waiter for part in commit.parts.values() for waiter in part.waiters or ()]
+        for waiter in [*waiters, *[one.waiter for one in commit.unresolved]]:
+            if waiter is not None:
+                self._tell(waiter, error)
+                told += type(waiter) is not Pending
+        if told < max(commit.records, commit.transaction):
+            producer.unreported.append(error)
+        self._pop(producer, commit)
+
+    def _end_producer(self, now: float, producer: Producer, error: IdemqError, *, unknown: bool = True) -> None:
+        """A producer ends. What was ever sent and is not decided is unknown; the rest is not stored."""
+        if producer.error is not None:
+            return
+        producer.error = error
+        self.forget(producer.opening)
+        producer.opening = None
+        for commit in list(producer.queue):
+            if commit.ever_sent and unknown:
+                lost = OutcomeUnknown(f"the producer ended before the answer came ({error.code})", seq=commit.last_seq)
+                self._fail(producer, commit, lost)
+            else:
+                self._fail(producer, commit, error)
+        while producer.room_waiters:
+            self._complete(producer.room_waiters.popleft(), error)
+
+    def _tick_producer(self, now: float, producer: Producer) -> None:
+        if producer.retry_at > now:
+            self._wake(producer.retry_at)
+        self._dirty[producer] = None
+        for commit in producer.queue:
+            if commit.deadline <= now:
+                self._time_out(now, commit)
+            self._wake(commit.deadline)
+        for barrier in list(producer.barriers):
+            if barrier.deadline <= now:
+                producer.barriers.remove(barrier)
+                waiting = sum(commit.records for commit in producer.queue)
+                self._complete(
+                    barrier.waiter, self._unknown(f"{waiting} messages are not answered yet", producer.highest)
+                )
+            else:
+                self._wake(barrier.deadline)
+
+    def _time_out(self, now: float, commit: _Commit) -> None:
+        """C7: the waits that are due end, the commit stays where it is."""
+        left = inf
+        if commit.transaction:
+            commit.waiter = self._detach(commit.waiter, commit.last_seq)
+        for part in commit.parts.values():
+            for index, waiter in enumerate(part.waiters or ()):
+                if part.deadlines[index] > now:
+                    left = min(left, part.deadlines[index])
+                elif waiter is not None and part.waiters is not None:
+                    seq = part.first_seq + index if part.seqs is None else part.seqs[index]
+                    part.waiters[index] = self._detach(waiter, seq)
+                    part.deadlines[index] = inf
+        for index, one in enumerate(commit.unresolved):
+            if one.deadline > now:
+                left = min(left, one.deadline)
+            else:
+                waiter = self._detach(one.waiter, one.seq)
+                commit.unresolved[index] = one._replace(waiter=waiter, deadline=inf)
+        commit.deadline = left
+
+    def _detach(self, waiter: Waiter, seq: int) -> Waiter:
+        if waiter is None or type(waiter) is Pending:
+            return waiter
+        if type(waiter) is _Prefixed:
+            return waiter._replace(waiter=self._detach(waiter.waiter, seq))
+        pending = Pending()
+        error = self._unknown("the answer did not come in time", seq)
+        error.pending = pending
+        self._tell(waiter, error)
+        return pending
+
+    def _unknown(self, text: str, seq: int) -> _Unknown:
+        reason = f" ({self._last_failure})" if self._last_failure else ""
+        return _Unknown(text + reason, seq=seq)
+
+
+class _Unknown(OutcomeUnknown):
+    """An OutcomeUnknown the session still works on; the shell gives it its `outcome()`."""
+
+    pending: Pending | None = None
+
+
+class _Joined(NamedTuple):
+    """Two waiters for one record: the second gave a number that was already in line."""
+
+    first: Waiter
+    second: Waiter
+
+
+class _Prefixed(NamedTuple):
+    """A transaction's waiter, and the receipts of its records that were stored before."""
+
+    duplicates: list[Receipt]
+    waiter: Waiter
+
+
+_PLAIN = Record(b"")
+_READS = frozenset({wire.Ping, wire.Metadata, wire.Fetch, wire.OffsetAt, wire.Producers})
+"""Requests that change nothing: unanswered, they are simply not answered."""
