@@ -209,6 +209,7 @@ class _Commit:
         "records",
         "refusal",
         "sent",
+        "tallies",
         "token",
         "topic",
         "transaction",
@@ -229,6 +230,8 @@ class _Commit:
         """Numbered records whose topic is still being looked up."""
         self.offsets: list[wire.Offset] = []
         self.token: bytes | None = None
+        self.tallies: dict[Tally, int] = {}
+        """How many of the records belong to which `send_many`."""
         self.waiter: Waiter = None
         self.deadline = inf
         self.linger_until = 0.0
@@ -247,6 +250,12 @@ class _Commit:
     def frozen(self) -> bool:
         return self.prev_seq is not None
 
+    def count(self, tally: Tally, records: int) -> None:
+        if tally not in self.tallies:
+            tally.pending += 1
+            self.tallies[tally] = 0
+        self.tallies[tally] += records
+
 
 class _Call:
     """A request other than a commit. All of them may be repeated; they are, until an answer or the deadline."""
@@ -264,8 +273,25 @@ class _Call:
         self.retry_at = 0.0
 
 
+class Tally:
+    """What becomes of the records of one `send_many`, and who waits for the last of them."""
+
+    __slots__ = ("deadline", "duplicates", "error", "pending", "stored", "timeout", "waiter")
+
+    def __init__(self) -> None:
+        self.stored = 0
+        self.duplicates = 0
+        self.error: IdemqError | None = None
+        """The first failure."""
+        self.pending = 0
+        """Commits that hold records of it."""
+        self.waiter: Waiter = None
+        self.timeout = inf
+        self.deadline = inf
+
+
 class Barrier:
-    """Somebody waits until everything a producer had enqueued is decided (`flush`, `send_many`)."""
+    """Somebody waits until everything a producer had enqueued is decided (`flush`)."""
 
     __slots__ = ("deadline", "last", "timeout", "waiter")
 
@@ -326,6 +352,8 @@ class Producer:
         self.failures = 0
         self.sticky: dict[str, int] = {}
         self.barriers: list[Barrier] = []
+        self.tallies: list[Tally] = []
+        """Those somebody waits for."""
         self.room_waiters: deque[Waiter] = deque()
         self.stored = 0
         self.duplicates = 0
@@ -420,7 +448,7 @@ class Session:
             self._dial_failures += 1
             self._wake(self._dial_at)
 
-    def received(self, now: float, correlation: int, message: Any) -> None:
+    def received(self, now: float, correlation: int, message: Any, payload: bytes = b"") -> None:
         """An answer on the current connection. The shell drops those of older connections (C3)."""
         self._heard_at = now
         outstanding = self._outstanding.pop(correlation, None)
@@ -434,7 +462,7 @@ class Session:
         elif entry is self:
             self._welcomed(now, message)
         elif type(entry) is _Call:
-            self._answered(now, entry, message)
+            self._answered(now, entry, message, payload)
 
     def protocol_broken(self, now: float, reason: str) -> None:
         """The other side sent what this protocol does not allow: trust nothing more on this connection."""
@@ -483,7 +511,7 @@ class Session:
     ) -> _Call | None:
         """Send a request other than a commit, and again, until an answer or the deadline.
 
-        The waiter gets the reply, or an IdemqError; `on_answer` (if any) sees the reply or Failed instead and decides.
+        The waiter gets the reply (with its payload where that is Fetched), or an IdemqError; `on_answer` (if any) sees the reply or Failed instead and decides.
         """
         if self.error is not None:
             self._complete(waiter, self.error)
@@ -561,7 +589,7 @@ class Session:
         call.ticket = self._send(now, call.request, (), call, None, wait_s)
         call.ever_sent = True
 
-    def _answered(self, now: float, call: _Call, answer: Any) -> None:
+    def _answered(self, now: float, call: _Call, answer: Any, payload: bytes) -> None:
         call.ticket = 0
         if call not in self._calls:
             return
@@ -579,7 +607,7 @@ class Session:
         elif type(answer) is Failed:
             self._complete(call.waiter, from_refusal(answer))
         else:
-            self._complete(call.waiter, answer)
+            self._complete(call.waiter, (answer, payload) if type(answer) is wire.Fetched else answer)
 
     def _tick_call(self, now: float, call: _Call) -> None:
         if call.deadline <= now:
@@ -756,6 +784,31 @@ class Session:
         self._close_tail(producer)
         self._wake(barrier.deadline)
 
+    def finish(self, now: float, producer: Producer, tally: Tally, waiter: Waiter, timeout: float) -> None:
+        """The waiter gets the tally when all of its records are decided; `timeout` as in `flush`."""
+        self._dirty[producer] = None
+        if not tally.pending:
+            self._complete(waiter, tally)
+            return
+        tally.waiter, tally.timeout, tally.deadline = waiter, timeout, now + timeout
+        producer.tallies.append(tally)
+        self._wake(tally.deadline)
+
+    def detach(self, producer: Producer, seq: int) -> None:
+        """Whoever waited for this record was cancelled: the record stays, its failure is told by flush or close."""
+        for commit in producer.queue:
+            if seq <= commit.last_seq:
+                if commit.transaction:
+                    commit.waiter = Pending()
+                for part in commit.parts.values():
+                    numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
+                    if part.waiters is not None and seq in numbers:
+                        part.waiters[numbers.index(seq)] = Pending()
+                for index, one in enumerate(commit.unresolved):
+                    if one.seq == seq:
+                        commit.unresolved[index] = one._replace(waiter=Pending())
+                return
+
     def want_room(self, producer: Producer, waiter: Waiter) -> None:
         """The waiter is answered (None) when records may be enqueued again; first come, first served."""
         producer.room_waiters.append(waiter)
@@ -775,17 +828,24 @@ class Session:
     # ----------------------------------------------------------------------------------------------- enqueueing
 
     def enqueue(
-        self, now: float, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float
+        self,
+        now: float,
+        producer: Producer,
+        topic: str,
+        record: Record,
+        waiter: Waiter,
+        deadline: float,
+        tally: Tally | None = None,
     ) -> int:
         """Number a record and put it in line; returns its number. The waiter gets a Receipt, or an IdemqError.
 
-        Raises (and enqueues nothing) when the record is wrong or the producer has ended.
+        Without a waiter it may belong to a `tally`. Raises (and enqueues nothing) when the record is wrong or the producer has ended.
         """
         size = records.check_record(record.value, record.key, record.headers) + 16
         self._check_alive(producer)
         seq = self._next_seq(producer, record.seq)
         if seq is None:
-            self._join(producer, topic, record, waiter, deadline)
+            self._join(producer, topic, record, waiter, deadline, tally)
             assert record.seq is not None
             return record.seq
         commit = self._tail(now, producer, topic, size)
@@ -806,6 +866,8 @@ class Session:
             part = self._part(commit, known, index, seq)
             part.add(record.value, record.key, record.headers, seq, waiter, deadline)
         producer.highest = commit.last_seq = seq
+        if tally is not None:
+            commit.count(tally, 1)
         commit.records += 1
         commit.bytes += size
         producer.buffered_bytes += size
@@ -813,7 +875,7 @@ class Session:
         self._dirty[producer] = None
         return seq
 
-    def enqueue_values(self, now: float, producer: Producer, topic: str, values: list[bytes]) -> None:
+    def enqueue_values(self, now: float, producer: Producer, topic: str, values: list[bytes], tally: Tally) -> None:
         """The fast way for plain values without keys or numbers: one partition takes them all, nobody waits for each.
 
         They must be bytes within MESSAGE_BYTES_MAX (the caller looked), at most about `batch_bytes` together.
@@ -839,6 +901,7 @@ class Session:
                 for index, value in enumerate(values):
                     part.add(value, None, None, first + index)
         producer.highest = commit.last_seq = last
+        commit.count(tally, len(values))
         commit.records += len(values)
         commit.bytes += size
         producer.buffered_bytes += size
@@ -933,14 +996,20 @@ class Session:
         producer.given = True
         return None if seq <= producer.highest else seq
 
-    def _join(self, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float) -> None:
+    def _join(
+        self, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float, tally: Tally | None
+    ) -> None:
         """A number that was given before: wait for that record, or answer that it is stored."""
         producer.duplicates += 1
-        if waiter is None:
-            return
+        if tally is not None:
+            tally.duplicates += 1
         seq = record.seq
         for commit in producer.queue:
             if seq is not None and seq <= commit.last_seq:
+                if tally is not None:
+                    commit.count(tally, 0)  # not of it, but it ends no earlier
+                if waiter is None:
+                    return
                 for part in commit.parts.values():
                     numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
                     if seq in numbers:
@@ -1076,8 +1145,8 @@ class Session:
         if type(answer) is wire.Committed:
             producer.failures = 0
             self._stored(producer, commit, answer.duplicate, answer.positions)
-            for barrier in producer.barriers:
-                barrier.deadline = now + barrier.timeout
+            for one in (*producer.barriers, *producer.tallies):
+                one.deadline = now + one.timeout
         elif answer.code in (Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH):
             # Neither is an answer to the commit: a newer connection of ours, or bytes damaged on the way.
             self._cut_now()
@@ -1096,6 +1165,11 @@ class Session:
             producer.duplicates += commit.records
         else:
             producer.stored += commit.records
+        for tally, count in commit.tallies.items():
+            if duplicate:
+                tally.duplicates += count
+            else:
+                tally.stored += count
         if producer.dedup:
             producer.last_seq = max(producer.last_seq, commit.last_seq)
         if commit.token is not None:
@@ -1132,6 +1206,11 @@ class Session:
             producer.sent -= 1
         producer.buffered_bytes -= commit.bytes
         self._offer_room(producer)
+        for tally in commit.tallies:
+            tally.pending -= 1
+            if not tally.pending and tally in producer.tallies:
+                producer.tallies.remove(tally)
+                self._complete(tally.waiter, tally)
         while producer.barriers and (not producer.queue or producer.queue[0].place > producer.barriers[0].last):
             self._complete(producer.barriers.pop(0).waiter, self._report(producer))
 
@@ -1211,6 +1290,9 @@ class Session:
             if waiter is not None:
                 self._tell(waiter, error)
                 told += type(waiter) is not Pending
+        for tally, count in commit.tallies.items():
+            tally.error = tally.error or error
+            told += count
         if told < max(commit.records, commit.transaction):
             producer.unreported.append(error)
         self._pop(producer, commit)
@@ -1239,15 +1321,16 @@ class Session:
             if commit.deadline <= now:
                 self._time_out(now, commit)
             self._wake(commit.deadline)
-        for barrier in list(producer.barriers):
-            if barrier.deadline <= now:
-                producer.barriers.remove(barrier)
-                waiting = sum(commit.records for commit in producer.queue)
-                self._complete(
-                    barrier.waiter, self._unknown(f"{waiting} messages are not answered yet", producer.highest)
-                )
+        for one in (*producer.barriers, *producer.tallies):
+            if one.deadline > now:
+                self._wake(one.deadline)
+                continue
+            if isinstance(one, Tally):
+                producer.tallies.remove(one)
             else:
-                self._wake(barrier.deadline)
+                producer.barriers.remove(one)
+            waiting = sum(commit.records for commit in producer.queue)
+            self._complete(one.waiter, self._unknown(f"{waiting} messages are not answered yet", producer.highest))
 
     def _time_out(self, now: float, commit: _Commit) -> None:
         """C7: the waits that are due end, the commit stays where it is."""
