@@ -87,8 +87,8 @@ class QuotaExceeded(RetriableError):
 class OutcomeUnknown(IdemqError, TimeoutError):
     """The wait ended before the answer came. The message keeps its number and place and is still being delivered.
 
-    `seq` is its number; `await error.outcome(timeout)` waits on: it returns what the call would have returned, or raises
-    what it would have raised.
+    `seq` is its number; `await error.outcome(timeout)` waits on: it returns what the call would have returned, or
+    raises what it would have raised.
     """
 
     code = "OUTCOME_UNKNOWN"

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from . import records, wire
 from .errors import (
@@ -33,6 +33,7 @@ from .errors import (
     TransactionAborted,
     TransactionTooLarge,
     UnknownTopic,
+    Unsupported,
     from_refusal,
 )
 from .records import Receipt, Record
@@ -273,34 +274,41 @@ class _Call:
         self.retry_at = 0.0
 
 
-class Tally:
+class _Progress:
+    """Somebody waits for many commits; the deadline starts again with each that is answered."""
+
+    __slots__ = ("deadline", "timeout", "waiter")
+
+    def __init__(self, waiter: Waiter = None, timeout: float = inf, now: float = 0.0) -> None:
+        self.waiter = waiter
+        self.timeout = timeout
+        self.deadline = now + timeout
+
+
+class Tally(_Progress):
     """What becomes of the records of one `send_many`, and who waits for the last of them."""
 
-    __slots__ = ("deadline", "duplicates", "error", "pending", "stored", "timeout", "waiter")
+    __slots__ = ("duplicates", "error", "pending", "stored")
 
     def __init__(self) -> None:
+        super().__init__()
         self.stored = 0
         self.duplicates = 0
         self.error: IdemqError | None = None
         """The first failure."""
         self.pending = 0
         """Commits that hold records of it."""
-        self.waiter: Waiter = None
-        self.timeout = inf
-        self.deadline = inf
 
 
-class Barrier:
+class Barrier(_Progress):
     """Somebody waits until everything a producer had enqueued is decided (`flush`)."""
 
-    __slots__ = ("deadline", "last", "timeout", "waiter")
+    __slots__ = ("last",)
 
-    def __init__(self, waiter: Waiter, last: int, timeout: float, now: float) -> None:
-        self.waiter = waiter
+    def __init__(self, waiter: Waiter, timeout: float, now: float, last: int) -> None:
+        super().__init__(waiter, timeout, now)
         self.last = last
         """The last commit it waits for, by its place in the producer's line."""
-        self.timeout = timeout
-        self.deadline = now + timeout
 
 
 class Producer:
@@ -511,7 +519,8 @@ class Session:
     ) -> _Call | None:
         """Send a request other than a commit, and again, until an answer or the deadline.
 
-        The waiter gets the reply (with its payload where that is Fetched), or an IdemqError; `on_answer` (if any) sees the reply or Failed instead and decides.
+        The waiter gets the reply (with its payload where that is Fetched), or an IdemqError; `on_answer` (if any)
+        sees the reply or Failed instead and decides.
         """
         if self.error is not None:
             self._complete(waiter, self.error)
@@ -779,7 +788,7 @@ class Session:
         if not producer.queue:
             self._complete(waiter, self._report(producer))
             return
-        barrier = Barrier(waiter, producer.queue[-1].place, timeout, now)
+        barrier = Barrier(waiter, timeout, now, producer.queue[-1].place)
         producer.barriers.append(barrier)
         self._close_tail(producer)
         self._wake(barrier.deadline)
@@ -839,7 +848,8 @@ class Session:
     ) -> int:
         """Number a record and put it in line; returns its number. The waiter gets a Receipt, or an IdemqError.
 
-        Without a waiter it may belong to a `tally`. Raises (and enqueues nothing) when the record is wrong or the producer has ended.
+        Without a waiter it may belong to a `tally`. Raises (and enqueues nothing) when the record is wrong or the
+        producer has ended.
         """
         size = records.check_record(record.value, record.key, record.headers) + 16
         self._check_alive(producer)
@@ -875,11 +885,33 @@ class Session:
         self._dirty[producer] = None
         return seq
 
-    def enqueue_values(self, now: float, producer: Producer, topic: str, values: list[bytes], tally: Tally) -> None:
-        """The fast way for plain values without keys or numbers: one partition takes them all, nobody waits for each.
+    def enqueue_many(
+        self, now: float, producer: Producer, topic: str, chunk: Sequence[bytes | Record], tally: Tally
+    ) -> int:
+        """Number records and put them in line; returns how many: fewer than all when the buffer is full.
 
-        They must be bytes within MESSAGE_BYTES_MAX (the caller looked), at most about `batch_bytes` together.
+        Raises at the first record that is wrong; those before it are in line.
         """
+        values = chunk if {type(one) for one in chunk} == {bytes} else ()
+        if values and sum(map(len, values)) <= producer.batch_bytes:
+            if not producer.room:
+                return 0
+            self._enqueue_values(now, producer, topic, cast("Sequence[bytes]", values), tally)
+            return len(chunk)
+        for index, one in enumerate(chunk):
+            if producer.buffered_bytes >= producer.buffer_bytes_max:
+                return index
+            if not isinstance(one, Record):
+                one = Record(one)
+            if one.message_id is not None:
+                raise Unsupported("message ids are not offered yet")
+            self.enqueue(now, producer, topic, one, None, inf, tally)
+        return len(chunk)
+
+    def _enqueue_values(
+        self, now: float, producer: Producer, topic: str, values: Sequence[bytes], tally: Tally
+    ) -> None:
+        """The fast way for plain values: one partition takes them all, and nobody waits for each."""
         self._check_alive(producer)
         self._next_seq(producer, None)
         size = sum(map(len, values)) + 16 * len(values)
@@ -1145,7 +1177,7 @@ class Session:
         if type(answer) is wire.Committed:
             producer.failures = 0
             self._stored(producer, commit, answer.duplicate, answer.positions)
-            for one in (*producer.barriers, *producer.tallies):
+            for one in [*producer.barriers, *producer.tallies]:
                 one.deadline = now + one.timeout
         elif answer.code in (Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH):
             # Neither is an answer to the commit: a newer connection of ours, or bytes damaged on the way.
@@ -1321,14 +1353,12 @@ class Session:
             if commit.deadline <= now:
                 self._time_out(now, commit)
             self._wake(commit.deadline)
-        for one in (*producer.barriers, *producer.tallies):
+        for one in [*producer.barriers, *producer.tallies]:
             if one.deadline > now:
                 self._wake(one.deadline)
                 continue
-            if isinstance(one, Tally):
-                producer.tallies.remove(one)
-            else:
-                producer.barriers.remove(one)
+            producer.tallies = [tally for tally in producer.tallies if tally is not one]
+            producer.barriers = [barrier for barrier in producer.barriers if barrier is not one]
             waiting = sum(commit.records for commit in producer.queue)
             self._complete(one.waiter, self._unknown(f"{waiting} messages are not answered yet", producer.highest))
 

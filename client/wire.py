@@ -672,6 +672,11 @@ def _tuple(declared: type[Any]) -> _Checker:
 _CHECKERS: dict[int, _Checker] = {code: _tuple(declared) for declared, code in _CODES.items()}
 
 
+def check(message: Any) -> None:
+    """Raise ValueError, naming the field, unless the message is one that `decode` would accept."""
+    _CHECKERS[_CODES[type(message)]](message)
+
+
 # ---------------------------------------------------------------------------------------------------------- frames
 
 _LENGTHS = Struct(">II")

@@ -1,0 +1,354 @@
+"""`connect` and the client: where everything else comes from."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from math import inf
+from types import TracebackType
+from typing import Any
+
+from . import wire
+from .connection import Address, find_token
+from .consumer import PREFETCH_BYTES, Start, Subscription
+from .engine import Engine, NativeEngine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
+from .errors import ClientClosed, IdemqError, InvalidRequest, UnknownProducer, UnknownTopic, Unsupported
+from .producer import GIVE_UP_S, Producer
+from .records import Headers, Receipt
+
+DEFAULT_URL = "idemq://localhost:7750"
+BATCH_BYTES = 256 << 10
+"""A batch is closed when it holds as much; one larger record makes a batch of its own."""
+
+Duration = str | float | timedelta
+"""Seconds, a timedelta, or text such as "250ms", "90s", "15m", "24h", "7d"."""
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def seconds(duration: Duration, what: str) -> float:
+    """A duration in seconds, at least one millisecond. Raises InvalidRequest, naming `what`."""
+    value = inf
+    if isinstance(duration, timedelta):
+        value = duration.total_seconds()
+    elif isinstance(duration, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*", duration)
+        if match:
+            value = float(match[1]) * _UNITS_S[match[2]]
+    elif isinstance(duration, (int, float)) and not isinstance(duration, bool):
+        value = float(duration)
+    if not 0.001 <= value <= 1e11:
+        raise InvalidRequest(f'{what} is a time such as "7d", "24h" or a number of seconds, not {duration!r}')
+    return value
+
+
+def _timeout(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
+        raise InvalidRequest(f"timeout is a number of seconds above 0, not {value!r}")
+    return float(value)
+
+
+class Client:
+    """A connection to a broker. It reconnects by itself; every call ends within its `timeout` seconds."""
+
+    def __init__(self, engine: Engine, timeout: float) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self._producers: list[Producer] = []
+        self._subscriptions: list[Subscription] = []
+        self._default: Producer | None = None
+        self._closed = False
+
+    # ------------------------------------------------------------------------------------------------ messages
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        key: bytes | None = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        message_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Send one message through this client's anonymous producer; returns once durable. See `Producer.send`."""
+        if self._default is None:
+            self._default = self.producer()
+        return await self._default.send(
+            topic,
+            value,
+            key=key,
+            headers=headers,
+            partition=partition,
+            message_id=message_id,
+            timeout=self._limit(timeout),
+        )
+
+    def producer(
+        self,
+        name: str | None = None,
+        *,
+        dedup: bool = True,
+        linger: float = 0.0,
+        batch_bytes: int = BATCH_BYTES,
+        in_flight: int = wire.IN_FLIGHT_MAX,
+        compression: str | None = None,
+    ) -> Producer:
+        """A producer. With a name, dedup state outlives this process; `dedup=False` is at least once.
+
+        `linger`: seconds a batch that is not full waits for more; `in_flight`: batches sent and not answered;
+        `compression`: None or "zlib".
+        """
+        self._check_open()
+        if name is not None:
+            if not dedup:
+                raise InvalidRequest("a producer with dedup=False has no name: nothing is remembered for it")
+            if not name or name.startswith("~"):
+                raise InvalidRequest("a producer's name is not empty and does not begin with '~'")
+            try:
+                wire.check(wire.Open(name, "-", 0))
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from None
+        if not 1 <= in_flight <= wire.IN_FLIGHT_MAX:
+            raise InvalidRequest(f"in_flight lies in 1 .. {wire.IN_FLIGHT_MAX}")
+        if not 1 <= batch_bytes <= wire.MESSAGE_BYTES_MAX:
+            raise InvalidRequest(f"batch_bytes lies in 1 .. {wire.MESSAGE_BYTES_MAX}")
+        if not 0 <= linger <= 60:
+            raise InvalidRequest("linger lies in 0 .. 60 seconds")
+        if compression not in (None, "zlib"):
+            raise Unsupported(f'compression is None or "zlib", not {compression!r}')
+        options = ProducerOptions(dedup, linger, batch_bytes, in_flight, compression)
+        producer = Producer(self._engine.producer(name, options), name is not None, self._timeout)
+        self._producers = [one for one in self._producers if not one._closed]
+        self._producers.append(producer)
+        return producer
+
+    def subscribe(
+        self,
+        *topics: str,
+        group: str | None = None,
+        start: Start = "earliest",
+        retry: object = None,
+        on_truncated: str = "raise",
+        prefetch_bytes: int = PREFETCH_BYTES,
+        on_assigned: Callable[..., Any] | None = None,
+        on_revoked: Callable[..., Any] | None = None,
+    ) -> Subscription:
+        """Read topics: all partitions from `start`, nothing stored. Groups (and what needs one) are not offered yet."""
+        self._check_open()
+        asked = {"group": group, "retry": retry, "on_assigned": on_assigned, "on_revoked": on_revoked}
+        for name, value in asked.items():
+            if value is not None:
+                raise Unsupported(f"subscribe({name}=…) needs groups, which are not offered yet")
+        subscription = Subscription(self._engine, topics, start, on_truncated, prefetch_bytes, self._timeout)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    # -------------------------------------------------------------------------------------------------- topics
+
+    async def create_topic(
+        self,
+        name: str,
+        partitions: int = 1,
+        *,
+        retention: Duration | None = None,
+        retention_bytes: int | None = None,
+        dedup_window: Duration | None = None,
+        cleanup: str = "delete",
+        exist_ok: bool = False,
+        timeout: float | None = None,
+    ) -> TopicInfo:
+        """Create a topic. `exist_ok` accepts one that is there with the same settings, and names what differs."""
+        settings = _settings(retention, retention_bytes, dedup_window, cleanup)
+        return await self._open_engine().create_topic(name, partitions, settings, exist_ok, self._limit(timeout))
+
+    async def alter_topic(
+        self,
+        name: str,
+        partitions: int | None = None,
+        *,
+        retention: Duration | None = None,
+        retention_bytes: int | None = None,
+        timeout: float | None = None,
+    ) -> TopicInfo:
+        """Set a topic's retention (None: no limit) and, if given, raise its number of partitions."""
+        limit = self._limit(timeout)
+        if partitions is None:
+            partitions = len((await self.describe_topic(name, timeout=limit)).partitions)
+        settings = _settings(retention, retention_bytes, None, "delete")
+        return await self._open_engine().alter_topic(name, partitions, settings, limit)
+
+    async def delete_topic(self, name: str, *, timeout: float | None = None) -> None:
+        """Delete a topic with everything in it."""
+        await self._open_engine().delete_topic(name, self._limit(timeout))
+
+    async def purge_topic(self, name: str, *, timeout: float | None = None) -> None:
+        """Remove all that is stored in a topic now; offsets go on."""
+        await self._open_engine().purge_topic(name, self._limit(timeout))
+
+    async def topics(self, *, timeout: float | None = None) -> list[TopicInfo]:
+        """All topics, by name."""
+        return await self._open_engine().topics(None, self._limit(timeout))
+
+    async def describe_topic(self, name: str, *, timeout: float | None = None) -> TopicInfo:
+        """One topic. Raises UnknownTopic."""
+        found = await self._open_engine().topics([name], self._limit(timeout))
+        if not found:
+            raise UnknownTopic(f"there is no topic {name!r}")
+        return found[0]
+
+    # ----------------------------------------------------------------------------------------------- producers
+
+    async def producers(self, *, timeout: float | None = None) -> list[ProducerInfo]:
+        """All producer names the broker keeps, anonymous ones (they begin with '~') included."""
+        return await self._open_engine().producers(None, self._limit(timeout))
+
+    async def describe_producer(self, name: str, *, timeout: float | None = None) -> ProducerInfo:
+        """One producer. Raises UnknownProducer."""
+        found = await self._open_engine().producers([name], self._limit(timeout))
+        if not found:
+            raise UnknownProducer(f"there is no producer {name!r}")
+        return found[0]
+
+    async def delete_producer(self, name: str, *, timeout: float | None = None) -> None:
+        """Forget a producer: its numbers start again, and what was sent before can be stored a second time."""
+        await self._open_engine().delete_producer(name, self._limit(timeout))
+
+    # -------------------------------------------------------------------------------------------------- groups
+
+    async def groups(self, *, timeout: float | None = None) -> list[Any]:
+        """Groups are not offered yet."""
+        raise Unsupported("groups are not offered yet")
+
+    async def describe_group(self, name: str, *, timeout: float | None = None) -> Any:
+        """Groups are not offered yet."""
+        raise Unsupported("groups are not offered yet")
+
+    async def seek_group(self, name: str, *, timeout: float | None = None) -> None:
+        """Groups are not offered yet."""
+        raise Unsupported("groups are not offered yet")
+
+    async def delete_group(self, name: str, *, timeout: float | None = None) -> None:
+        """Groups are not offered yet."""
+        raise Unsupported("groups are not offered yet")
+
+    # ------------------------------------------------------------------------------------------------- the rest
+
+    async def ping(self, *, timeout: float | None = None) -> int:
+        """Ask the broker whether it is there; returns its wall clock, ms since 1970."""
+        return await self._open_engine().ping(self._limit(timeout))
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Flush all producers within `timeout` seconds, then end. Raises what is not stored, or unknown."""
+        if self._closed:
+            return
+        self._closed = True
+        errors: list[IdemqError] = []
+        try:
+            for subscription in self._subscriptions:
+                await subscription.close()
+            for producer in self._producers:
+                try:
+                    await producer.close(self._limit(timeout))
+                except IdemqError as error:
+                    errors.append(error)
+        finally:
+            await self._engine.close()
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"and: {other}")
+            raise errors[0]
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+            return
+        try:
+            await self.close(GIVE_UP_S)
+        except IdemqError as left:
+            assert error is not None
+            error.add_note(f"and on leaving: {left}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("the client was closed")
+
+    def _open_engine(self) -> Engine:
+        self._check_open()
+        return self._engine
+
+    def _limit(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else _timeout(timeout)
+
+
+def _settings(
+    retention: Duration | None, retention_bytes: int | None, dedup_window: Duration | None, cleanup: str
+) -> TopicSettings:
+    return TopicSettings(
+        None if retention is None else seconds(retention, "retention"),
+        retention_bytes,
+        None if dedup_window is None else seconds(dedup_window, "dedup_window"),
+        cleanup,
+    )
+
+
+class Connecting:
+    """What `connect` returns: `async with` it, or await it and close the client yourself."""
+
+    def __init__(self, address: Address, token: str, timeout: float, name: str) -> None:
+        self._address = address
+        self._token = token
+        self._timeout = timeout
+        self._name = name
+        self._client: Client | None = None
+
+    def __await__(self) -> Generator[Any, None, Client]:
+        return self._connect().__await__()
+
+    async def _connect(self) -> Client:
+        engine = NativeEngine(self._address, self._token, self._name)
+        try:
+            await engine.start(self._timeout)
+        except BaseException:
+            await engine.close()
+            raise
+        return Client(engine, self._timeout)
+
+    async def __aenter__(self) -> Client:
+        self._client = await self._connect()
+        return self._client
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._client is not None
+        await self._client.__aexit__(kind, error, trace)
+
+
+def connect(
+    url: str | None = None, *, token: str | None = None, timeout: float = 10.0, name: str | None = None
+) -> Connecting:
+    """Connect to a broker: `async with connect(URL) as mq`, or `mq = await connect(URL)` … `await mq.close()`.
+
+    `url`: idemq://HOST:PORT, else $IDEMQ_URL, else idemq://localhost:7750. `token`: else from the URL, else
+    $IDEMQ_TOKEN or the file $IDEMQ_TOKEN_FILE. `timeout`: seconds, for every call that names no other. `name`: who is calling, for
+    people who look at the broker. Raises ConnectionLost, AuthError, ProtocolMismatch, InvalidRequest.
+    """
+    address = Address(url if url is not None else os.environ.get("IDEMQ_URL") or DEFAULT_URL)
+    found = token if token is not None else address.token or find_token()
+    name = (
+        name
+        if name is not None
+        else f"{os.path.basename(sys.argv[0] or 'python')}@{socket.gethostname()}:{os.getpid()}"
+    )
+    return Connecting(address, found, _timeout(timeout), name)

@@ -1,0 +1,426 @@
+"""What a client needs of an engine, and the native engine: idemq's own broker behind a `Connection`.
+
+The seam for a second engine (Kafka, later): `client.py`, `producer.py`, `transaction.py` and `consumer.py` speak to
+these protocols only. What an engine cannot do raises Unsupported when the object is opened, never later. Lengths of time are
+seconds here, points in time ms since 1970 (the wire's unit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from . import session as core
+from . import wire
+from .connection import Address, Connection
+from .errors import BrokerBusy, InvalidRequest, OutcomeUnknown, UnknownProducer, UnknownTopic
+from .records import Receipt, Record
+
+
+class PartitionInfo(NamedTuple):
+    """One partition: its first stored offset, the next to be given, and its stored bytes."""
+
+    index: int  # type: ignore[assignment]  # the contract's name, and a tuple's method
+    earliest: int
+    next: int
+    bytes: int
+
+
+class TopicInfo(NamedTuple):
+    """A topic. `retention` and `dedup_window` are seconds, `retention_bytes` counts for each partition; None: none."""
+
+    name: str
+    id: int
+    partitions: list[PartitionInfo]
+    retention: float | None
+    retention_bytes: int | None
+    dedup_window: float | None
+    cleanup: str
+
+
+class ProducerInfo(NamedTuple):
+    """A producer name as the broker keeps it. `last_seen` is ms since 1970."""
+
+    name: str
+    id: int
+    epoch: int
+    last_seq: int
+    token: bytes | None
+    holder: str
+    last_seen: int
+
+
+class TopicSettings(NamedTuple):
+    """What can be set on a topic; units as in TopicInfo."""
+
+    retention: float | None = None
+    retention_bytes: int | None = None
+    dedup_window: float | None = None
+    cleanup: str = "delete"
+
+
+class FetchedBatch(NamedTuple):
+    """A batch as it was read, not decoded yet."""
+
+    offset: int
+    timestamp: int
+    data: bytes
+
+
+class FetchedPart(NamedTuple):
+    """What a fetch found in one partition: its ends, and batches, or why there are none."""
+
+    topic_id: int
+    partition: int
+    earliest: int
+    next: int
+    batches: list[FetchedBatch]
+    code: str
+    text: str
+
+
+class ProducerOptions(NamedTuple):
+    """How a producer works; `linger` is seconds."""
+
+    dedup: bool
+    linger: float
+    batch_bytes: int
+    in_flight: int
+    compression: str | None
+
+
+class EngineProducer(Protocol):
+    """One producer of an engine."""
+
+    @property
+    def state(self) -> core.Producer:
+        """What may be read of it."""
+
+    async def open(self, timeout: float) -> None:
+        """Take the name."""
+
+    async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
+        """Enqueue before the first await, return when durable."""
+
+    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: core.Tally) -> int:
+        """Put a chunk in line; returns how many of it were taken before the buffer was full."""
+
+    async def room(self, timeout: float) -> None:
+        """Wait until the buffer takes more."""
+
+    async def finish(self, tally: core.Tally, timeout: float) -> None:
+        """Wait until all of a tally is decided."""
+
+    async def transact(
+        self, sends: Sequence[tuple[str, Record]], offsets: Sequence[wire.Offset], token: bytes | None, timeout: float
+    ) -> list[Receipt]:
+        """Store everything or nothing."""
+
+    async def flush(self, timeout: float) -> None:
+        """Wait until everything enqueued is decided; raises the first failure nobody was told."""
+
+    def end(self) -> list[Exception]:
+        """Give it up; returns what was never reported."""
+
+
+class Engine(Protocol):
+    """What a `Client` needs. Every coroutine raises IdemqError, and returns within `timeout` seconds."""
+
+    @property
+    def incarnation(self) -> bytes:
+        """The store's name."""
+
+    async def start(self, timeout: float) -> None: ...
+    async def close(self) -> None: ...
+    async def ping(self, timeout: float) -> int: ...
+    async def create_topic(
+        self, name: str, partitions: int, settings: TopicSettings, exist_ok: bool, timeout: float
+    ) -> TopicInfo: ...
+    async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo: ...
+    async def delete_topic(self, name: str, timeout: float) -> None: ...
+    async def purge_topic(self, name: str, timeout: float) -> None: ...
+    async def topics(self, names: Sequence[str] | None, timeout: float) -> list[TopicInfo]: ...
+    async def producers(self, names: Sequence[str] | None, timeout: float) -> list[ProducerInfo]: ...
+    async def delete_producer(self, name: str, timeout: float) -> None: ...
+    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]: ...
+    async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int: ...
+    def producer(self, name: str | None, options: ProducerOptions) -> EngineProducer: ...
+
+
+class NativeEngine:
+    """idemq's own broker."""
+
+    def __init__(self, address: Address, token: str, client: str) -> None:
+        rng = random.Random(secrets.randbits(64))
+        config = core.SessionConfig(session=secrets.token_hex(16), client=client, token=token)
+        self._session = core.Session(config, rng)
+        self._connection = Connection(self._session, address)
+
+    @property
+    def incarnation(self) -> bytes:
+        """The store's name; empty before the first connection."""
+        return self._session.incarnation
+
+    @property
+    def reconnects(self) -> int:
+        """Connections made after the first."""
+        return self._session.reconnects
+
+    async def start(self, timeout: float) -> None:
+        """Connect, and learn that a broker of our version answers."""
+        await self._connection.ask(wire.Ping(), timeout)
+
+    async def close(self) -> None:
+        """Give everything up."""
+        await self._connection.close()
+
+    async def ping(self, timeout: float) -> int:
+        """The broker's wall clock, ms since 1970."""
+        pong: wire.Pong = await self._connection.ask(wire.Ping(), timeout)
+        return pong.wall_ms
+
+    async def create_topic(
+        self, name: str, partitions: int, settings: TopicSettings, exist_ok: bool, timeout: float
+    ) -> TopicInfo:
+        """Create a topic; with `exist_ok` one with the same settings may be there."""
+        wanted = _checked(wire.CreateTopic(name, partitions, _settings(settings), exist_ok, secrets.token_hex(8)))
+        reply: wire.TopicIs = await self._connection.ask(wanted, timeout)
+        return _topic_info(reply.topic)
+
+    async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
+        """Give a topic these settings and at least this many partitions."""
+        topic_id = (await self._topic(name, timeout)).id
+        reply: wire.TopicIs = await self._connection.ask(
+            _checked(wire.AlterTopic(topic_id, partitions, _settings(settings))), timeout
+        )
+        return _topic_info(reply.topic)
+
+    async def delete_topic(self, name: str, timeout: float) -> None:
+        """Delete a topic and everything in it."""
+        await self._connection.ask(wire.DeleteTopic((await self._topic(name, timeout)).id), timeout)
+
+    async def purge_topic(self, name: str, timeout: float) -> None:
+        """Remove everything that is stored now."""
+        topic = await self._topic(name, timeout)
+        await self._connection.ask(wire.PurgeTopic(topic.id, [one.next for one in topic.partitions]), timeout)
+
+    async def topics(self, names: Sequence[str] | None, timeout: float) -> list[TopicInfo]:
+        """These topics, or all. Names that do not exist are left out."""
+        found: list[TopicInfo] = []
+        after = ""
+        while True:
+            request = wire.Metadata(None if names is None else list(names), after)
+            reply: wire.Topics = await self._connection.ask(request, timeout)
+            found += [_topic_info(entry) for entry in reply.topics]
+            if not reply.more:
+                return found
+            after = reply.topics[-1].name
+
+    async def producers(self, names: Sequence[str] | None, timeout: float) -> list[ProducerInfo]:
+        """These producers, or all."""
+        found: list[ProducerInfo] = []
+        after = ""
+        while True:
+            request = wire.Producers(None if names is None else list(names), after)
+            reply: wire.ProducersAre = await self._connection.ask(request, timeout)
+            found += [ProducerInfo(*entry) for entry in reply.producers]
+            if not reply.more:
+                return found
+            after = reply.producers[-1].name
+
+    async def delete_producer(self, name: str, timeout: float) -> None:
+        """Forget a producer's name, numbers and token."""
+        known = await self.producers([name], timeout)
+        if not known:
+            raise UnknownProducer(f"there is no producer {name!r}")
+        await self._connection.ask(wire.DeleteProducer(known[0].id, known[0].epoch), timeout)
+
+    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
+        """Batches from (topic id, partition, offset) on; waits for the first for `wait` seconds, and for a connection
+        for as long as it takes."""
+        request = wire.Fetch([wire.Range(*one) for one in ranges], bytes_max, round(wait * 1000))
+        reply, payload = await self._connection.ask(request, float("inf"))
+        parts: list[FetchedPart] = []
+        start = 0
+        for part in reply.parts:
+            batches: list[FetchedBatch] = []
+            for offset, timestamp_ms, length in part.batches:
+                batches.append(FetchedBatch(offset, timestamp_ms, payload[start : start + length]))
+                start += length
+            parts.append(
+                FetchedPart(part.topic_id, part.partition, part.earliest, part.next, batches, part.code, part.text)
+            )
+        return parts
+
+    async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int:
+        """The first offset stored at or after this time."""
+        reply: wire.OffsetIs = await self._connection.ask(
+            _checked(wire.OffsetAt(topic_id, partition, timestamp)), timeout
+        )
+        return reply.offset
+
+    def producer(self, name: str | None, options: ProducerOptions) -> NativeProducer:
+        """A producer: named, anonymous (a random name) or without dedup."""
+        return NativeProducer(self._session, self._connection, name, options)
+
+    async def _topic(self, name: str, timeout: float) -> TopicInfo:
+        found = await self.topics([name], timeout)
+        if not found:
+            raise UnknownTopic(f"there is no topic {name!r}")
+        return found[0]
+
+
+class NativeProducer:
+    """A producer of idemq's own broker: the session's producer, and the futures that wait for it."""
+
+    def __init__(
+        self, session: core.Session, connection: Connection, name: str | None, options: ProducerOptions
+    ) -> None:
+        self._session = session
+        self._connection = connection
+        self.state = core.Producer(
+            name if name is not None else f"~{secrets.token_hex(12)}",
+            anonymous=name is None,
+            dedup=options.dedup,
+            linger_s=options.linger,
+            batch_bytes=options.batch_bytes,
+            in_flight=options.in_flight,
+            codec=wire.Codec.ZLIB if options.compression == "zlib" else wire.Codec.NONE,
+            buffer_bytes=2 * options.in_flight * options.batch_bytes,
+        )
+        session.add(self.state)
+
+    async def open(self, timeout: float) -> None:
+        """Take the name; `state` then has id, epoch, last_seq and token."""
+        waiter = self._connection.future()
+        now = self._connection.loop.time()
+        self._session.open(now, self.state, waiter, now + timeout)
+        self._connection.pump()
+        await waiter
+
+    async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
+        """Enqueue before the first await, return when durable."""
+        if not self.state.room or self.state.room_waiters:
+            await self.room(timeout)
+        connection = self._connection
+        waiter = connection.future()
+        now = connection.loop.time()
+        seq = self._session.enqueue(now, self.state, topic, record, waiter, now + timeout)
+        connection.kick()
+        try:
+            receipt: Receipt = await waiter
+        except asyncio.CancelledError:
+            self._session.detach(self.state, seq)
+            raise
+        return receipt
+
+    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: core.Tally) -> int:
+        """Put a chunk in line; returns how many of it were taken before the buffer was full."""
+        taken = self._session.enqueue_many(self._connection.loop.time(), self.state, topic, chunk, tally)
+        self._connection.pump()
+        return taken
+
+    async def room(self, timeout: float) -> None:
+        """Wait until the buffer takes more, or raise BrokerBusy: nothing was enqueued."""
+        waiter = self._connection.future()
+        self._session.want_room(self.state, waiter)
+        self._connection.kick()
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter
+        except TimeoutError as late:
+            if isinstance(late, OutcomeUnknown):
+                raise
+            text = f"{self.state.buffered_bytes} bytes wait to be answered, and nothing was in {timeout:g} s"
+            raise BrokerBusy(text) from None
+        finally:
+            if not waiter.done() or waiter.cancelled():
+                self._session.leave_room(self.state, waiter)
+
+    async def finish(self, tally: core.Tally, timeout: float) -> None:
+        """Wait until all of a tally is decided."""
+        waiter = self._connection.future()
+        self._session.finish(self._connection.loop.time(), self.state, tally, waiter, timeout)
+        self._connection.pump()
+        await waiter
+
+    async def transact(
+        self, sends: Sequence[tuple[str, Record]], offsets: Sequence[wire.Offset], token: bytes | None, timeout: float
+    ) -> list[Receipt]:
+        """Store everything or nothing."""
+        connection, loop = self._connection, self._connection.loop
+        deadline = loop.time() + timeout
+        topics: dict[str, core.Topic] = {}
+        for name, _ in sends:
+            known = topics.get(name) or self._session.topic(loop.time(), name)
+            if known is None:
+                looked = connection.future()
+                self._session.look_up(loop.time(), name, looked, deadline)
+                connection.pump()
+                known = await looked
+            topics[name] = known
+        waiter = connection.future()
+        resolved = [(topics[name], record) for name, record in sends]
+        seq = self._session.transact(loop.time(), self.state, resolved, offsets, token, waiter, deadline)
+        connection.pump()
+        try:
+            receipts: list[Receipt] = await waiter
+        except asyncio.CancelledError:
+            self._session.detach(self.state, seq)
+            raise
+        return receipts
+
+    async def flush(self, timeout: float) -> None:
+        """Wait until everything enqueued is decided; raises the first failure nobody was told."""
+        waiter = self._connection.future()
+        self._session.flush(self._connection.loop.time(), self.state, waiter, timeout)
+        self._connection.pump()
+        await waiter
+
+    def end(self) -> list[Exception]:
+        """Give it up; returns what was never reported."""
+        unreported = self._session.remove(self._connection.loop.time(), self.state)
+        self._connection.pump()
+        return list(unreported)
+
+
+def _checked(request: Any) -> Any:
+    """Refuse here, by the wire's own checks, what the broker would refuse."""
+    try:
+        wire.check(request)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    return request
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _settings(settings: TopicSettings) -> wire.Settings:
+    return wire.Settings(
+        _milliseconds(settings.retention),
+        settings.retention_bytes,
+        _milliseconds(settings.dedup_window),
+        settings.cleanup,
+    )
+
+
+def _topic_info(entry: wire.TopicEntry) -> TopicInfo:
+    settings = entry.settings
+    return TopicInfo(
+        entry.name,
+        entry.topic_id,
+        [PartitionInfo(index, *partition) for index, partition in enumerate(entry.partitions)],
+        _seconds(settings.retention_ms),
+        settings.retention_bytes,
+        _seconds(settings.dedup_window_ms),
+        settings.cleanup,
+    )

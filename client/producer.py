@@ -1,0 +1,177 @@
+"""A producer: what users call to send. Numbers, retries and answers are the session's business."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Iterable
+from itertools import islice
+from types import TracebackType
+
+from .engine import EngineProducer
+from .errors import ClientClosed, IdemqError, OutcomeUnknown, Unsupported
+from .records import Headers, Receipt, Record, SendSummary, check_record
+from .session import Tally
+from .transaction import Transaction
+
+CHUNK_RECORDS_MAX = 2048
+"""Records taken from an iterable at a time."""
+GIVE_UP_S = 1.0
+"""Leaving `async with` by an exception waits no longer than this for what is in flight."""
+
+
+class Producer:
+    """Sends to any topic. With a name its numbers outlive it: the broker remembers them for as long as the name exists.
+
+    Made by `client.producer()`. Use it as `async with client.producer(NAME) as p`: entering takes the name (an older
+    holder is fenced), leaving waits until everything is stored or raises what is not.
+    """
+
+    def __init__(self, engine: EngineProducer, named: bool, timeout: float) -> None:
+        self._engine = engine
+        self._named = named
+        self._timeout = timeout
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """The producer's name; random when none was given."""
+        return self._engine.state.name
+
+    @property
+    def id(self) -> int:
+        """The broker's number for this name; 0 before it is known."""
+        return self._engine.state.id
+
+    @property
+    def epoch(self) -> int:
+        """Which opening of the name this is; 0 before it is known."""
+        return self._engine.state.epoch
+
+    @property
+    def last_seq(self) -> int:
+        """The highest number known to be stored; -1: none."""
+        return self._engine.state.last_seq
+
+    @property
+    def token(self) -> bytes | None:
+        """The token stored last."""
+        return self._engine.state.token
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        key: bytes | None = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        seq: int | None = None,
+        message_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Send one message and return when it is durable.
+
+        Its number is fixed before the first await, so tasks that start in order are stored in order. Partition: the
+        one given, else `crc32(key) % partitions`, else one that changes with every batch. A wait that ends (`timeout`
+        seconds, or cancellation) does not take the message back: OutcomeUnknown has its `outcome()`.
+        """
+        if message_id is not None:
+            raise Unsupported("message ids are not offered yet")
+        if self._closed:
+            raise ClientClosed("the producer was closed")
+        record = Record(value, key, headers, partition, seq)
+        return await self._engine.send(topic, record, self._timeout if timeout is None else timeout)
+
+    async def send_many(
+        self,
+        topic: str,
+        records: Iterable[bytes | Record] | AsyncIterable[bytes | Record],
+        *,
+        timeout: float | None = None,
+    ) -> SendSummary:
+        """Send many messages, batched and pipelined; returns when all are durable.
+
+        Numbers at or below `last_seq` count as duplicates and are not sent. `timeout` is a progress deadline: it starts
+        again with every batch that is answered. Raises the first failure; what was enqueued before it goes on.
+        """
+        timeout = self._timeout if timeout is None else timeout
+        tally = Tally()
+        if isinstance(records, AsyncIterable):
+            async for record in records:
+                await self._enqueue(topic, [record], tally, timeout)
+        else:
+            iterator = iter(records)
+            size = 64
+            while chunk := list(islice(iterator, size)):
+                await self._enqueue(topic, chunk, tally, timeout)
+                # A chunk should fill a batch, whatever the size of a record is.
+                mean = 16 + sum(len(one if isinstance(one, bytes) else one.value) for one in chunk[:64]) / len(
+                    chunk[:64]
+                )
+                size = int(max(1, min(CHUNK_RECORDS_MAX, self._engine.state.batch_bytes // mean)))
+                await asyncio.sleep(0)  # answers are read, and others run, between two chunks
+        await self._engine.finish(tally, timeout)
+        if tally.error is not None:
+            raise tally.error
+        return SendSummary(tally.stored, tally.duplicates, self.last_seq)
+
+    async def _enqueue(self, topic: str, chunk: list[bytes | Record], tally: Tally, timeout: float) -> None:
+        if self._closed:
+            raise ClientClosed("the producer was closed")
+        for one in chunk:
+            if type(one) is not bytes and not isinstance(one, Record):
+                check_record(one, None, None)  # raises: it names what is wrong
+        taken = self._engine.enqueue(topic, chunk, tally)
+        while taken < len(chunk):
+            await self._engine.room(timeout)
+            chunk = chunk[taken:]
+            taken = self._engine.enqueue(topic, chunk, tally)
+        if tally.error is not None:
+            raise tally.error
+
+    def transaction(self, batch: object = None, *, timeout: float | None = None) -> Transaction:
+        """Store several messages, on any topics, and a token, whole or not at all: `async with p.transaction() as tx`."""
+        if batch is not None:
+            raise Unsupported("a transaction over a group's batch is not offered yet")
+        if self._closed:
+            raise ClientClosed("the producer was closed")
+        return Transaction(self._engine, self._timeout if timeout is None else timeout)
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything enqueued so far is decided. Raises the first failure that nobody was told of."""
+        await self._engine.flush(self._timeout if timeout is None else timeout)
+
+    async def close(self, timeout: float | None = None) -> None:
+        """Flush, then give the name up here (it stays with the broker). Raises what is not stored, or unknown."""
+        if self._closed:
+            return
+        self._closed = True
+        error: IdemqError | None = None
+        try:
+            if self._engine.state.queue or self._engine.state.unreported:
+                await self._engine.flush(self._timeout if timeout is None else timeout)
+        except OutcomeUnknown as unknown:
+            error = unknown
+        finally:
+            left = self._engine.end()
+        if error is not None:
+            waiting = f"{len(left)} batches were not answered in time; their outcome is unknown" if left else error.text
+            raise OutcomeUnknown(waiting, seq=self._engine.state.highest)
+        for one in left:
+            raise one
+
+    async def __aenter__(self) -> Producer:
+        await self._engine.open(self._timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+            return
+        try:
+            await self.close(GIVE_UP_S)
+        except IdemqError as left:
+            assert error is not None
+            error.add_note(f"and on leaving: {left}")
