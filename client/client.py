@@ -341,8 +341,8 @@ def connect(
     """Connect to a broker: `async with connect(URL) as mq`, or `mq = await connect(URL)` … `await mq.close()`.
 
     `url`: idemq://HOST:PORT, else $IDEMQ_URL, else idemq://localhost:7750. `token`: else from the URL, else
-    $IDEMQ_TOKEN or the file $IDEMQ_TOKEN_FILE. `timeout`: seconds, for every call that names no other. `name`: who is calling, for
-    people who look at the broker. Raises ConnectionLost, AuthError, ProtocolMismatch, InvalidRequest.
+    $IDEMQ_TOKEN or the file $IDEMQ_TOKEN_FILE. `timeout`: seconds, for every call that names no other. `name`: who is
+    calling, for people who look at the broker. Raises ConnectionLost, AuthError, ProtocolMismatch, InvalidRequest.
     """
     address = Address(url if url is not None else os.environ.get("IDEMQ_URL") or DEFAULT_URL)
     found = token if token is not None else address.token or find_token()

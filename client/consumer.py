@@ -178,7 +178,7 @@ class Subscription:
         self._fetch_again()
 
     async def batches(self, max_messages: int = 500, max_wait: float = 0.05) -> AsyncIterator[Batch]:
-        """Messages by the batch: at most `max_messages`, never none. `max_wait` seconds count from the first message."""
+        """Messages by the batch: at most `max_messages`, never none. `max_wait` seconds count from the first one."""
         if max_messages < 1 or max_wait < 0:
             raise InvalidRequest("max_messages is at least 1, and max_wait not negative")
         loop = asyncio.get_running_loop()

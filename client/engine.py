@@ -1,8 +1,8 @@
 """What a client needs of an engine, and the native engine: idemq's own broker behind a `Connection`.
 
 The seam for a second engine (Kafka, later): `client.py`, `producer.py`, `transaction.py` and `consumer.py` speak to
-these protocols only. What an engine cannot do raises Unsupported when the object is opened, never later. Lengths of time are
-seconds here, points in time ms since 1970 (the wire's unit).
+these protocols only. What an engine cannot do raises Unsupported when the object is opened, never later. Lengths of
+time are seconds here, points in time ms since 1970 (the wire's unit).
 """
 
 from __future__ import annotations

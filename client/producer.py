@@ -130,7 +130,7 @@ class Producer:
             raise tally.error
 
     def transaction(self, batch: object = None, *, timeout: float | None = None) -> Transaction:
-        """Store several messages, on any topics, and a token, whole or not at all: `async with p.transaction() as tx`."""
+        """Store messages on any topics, and a token, whole or not at all: `async with p.transaction() as tx`."""
         if batch is not None:
             raise Unsupported("a transaction over a group's batch is not offered yet")
         if self._closed:

