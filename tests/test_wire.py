@@ -1,4 +1,4 @@
-"""The wire: every declaration survives the trip, junk is refused at the edge, and client/WIRE.md says what the code does."""
+"""The wire: every declaration survives the trip, junk is refused at the edge, and client/WIRE.md is true."""
 
 from __future__ import annotations
 
