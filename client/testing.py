@@ -27,6 +27,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import TracebackType
@@ -179,6 +180,8 @@ class _Stream:
         self.received = 0
         self.forwarded = 0
         self.swallowing = False
+        self.source_ended = False
+        self.sink_broken = False
         self.faults: list[_Fault] = []
         self.flowing = asyncio.Event()
         self.flowing.set()
@@ -321,6 +324,7 @@ class _Connection:
                 await _cancel(requests)
                 self._hold_the_rest()
                 self.replies.swallow()
+                self.replies.flowing.set()  # a stall must not keep the broker's side from being read
                 self._count_lost()
                 self._link._park(self)
                 await _close(self.requests, how)
@@ -380,6 +384,8 @@ class _Connection:
                     # The receiver has gone. Requests of a client that went are still read to their end; but the last
                     # words of a broker that went are on their way, and no more requests are taken.
                     stream.swallow()
+                    stream.sink_broken = True
+                    self._end_without_client()
                     return stream is self.replies
                 self._advance(stream, sent)
             else:
@@ -430,8 +436,15 @@ class _Connection:
             if not self._cut.done():
                 self._cut.set_result(Cut.FIN)  # the client went by itself: no cut of ours
             return
+        stream.source_ended = True
         with suppress(OSError):  # the other side has gone as well
             stream.sink.shutdown(socket.SHUT_WR)
+        self._end_without_client()
+
+    def _end_without_client(self) -> None:
+        """A client that neither sends nor takes anything has gone, even if the broker would talk for ever."""
+        if self.requests.source_ended and self.replies.sink_broken and not self._cut.done():
+            self._cut.set_result(Cut.RST)
 
     # ------------------------------------------------------------------------------------------------- late bytes
 
@@ -692,7 +705,7 @@ class Link:
                 continue
             self.counts.connections += 1
             task = self._start(self._serve(self.counts.connections, client))
-            task.add_done_callback(lambda _, client=client: client.close())  # also if it never gets to run
+            task.add_done_callback(partial(_close_when_done, client))  # also if it never gets to run
 
     async def _serve(self, number: int, client: socket.socket) -> None:
         upstream = socket.socket()
@@ -865,6 +878,10 @@ async def _sent(sink: socket.socket) -> None:
             # The kernel wakes nobody for this, so it is asked again.
             while struct.unpack("i", fcntl.ioctl(sink.fileno(), siocoutqnsd, bytes(4)))[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+
+
+def _close_when_done(end: socket.socket, task: asyncio.Task[None]) -> None:
+    end.close()
 
 
 def _reset(end: socket.socket) -> None:
