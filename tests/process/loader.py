@@ -1,0 +1,40 @@
+"""A loader to be killed: `python -m tests.process.loader URL TOPIC FILE.xz` sends each line through the producer "loader".
+
+The line number is the sequence, so it goes on where the broker says it is. Small batches, so that a kill finds it at
+work. Prints a JSON line when all is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import lzma
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import idemq
+from idemq import Record
+
+
+def lines(path: str) -> list[bytes]:
+    """The file's lines without the header."""
+    return lzma.decompress(Path(path).read_bytes()).splitlines()[1:]
+
+
+async def load(url: str, topic: str, path: str) -> None:
+    """Send what the broker has not got."""
+    rows = lines(path)
+    async with idemq.connect(url, timeout=60) as mq, mq.producer("loader", batch_bytes=2048, in_flight=4) as producer:
+        start = producer.last_seq
+
+        def records() -> Iterator[Record]:
+            for number, row in enumerate(rows):
+                yield Record(row, key=row.split(b",")[9], seq=number)
+
+        summary = await producer.send_many(topic, records())
+        print(json.dumps({"start": start, **summary._asdict()}), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(load(*sys.argv[1:4]))
