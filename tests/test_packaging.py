@@ -30,9 +30,9 @@ def copy(tmp_path: Path) -> Path:
 
 
 def code(tree: Path) -> set[str]:
-    """Where each file of the tree must lie in the wheel."""
+    """Where each file of the tree must lie in the wheel; pages for a reader of the tree stay there."""
     files = (path.relative_to(tree) for folder in FOLDERS for path in (tree / folder).rglob("*") if path.is_file())
-    return {f"{package(str(path)).replace('.', '/')}/{path.name}" for path in files}
+    return {f"{package(str(path)).replace('.', '/')}/{path.name}" for path in files if path.suffix != ".md"}
 
 
 def build(tree: Path) -> set[str]:
