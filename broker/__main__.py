@@ -19,7 +19,7 @@ import uvloop
 from .config import Config, ConfigError, parser, resolve
 from .http import Http
 from .server import Server
-from .store import LmdbStore, StoreError
+from .store import Store, StoreError, tune_allocator
 
 EXIT_FAILURE = 1
 EXIT_CONFIG = 78
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: Config) -> int:
     tune_allocator()
-    store = LmdbStore(config.path, force_filesystem=config.force_filesystem)
+    store = Store(config.path, config.force_filesystem)
     try:
         token, notice = config.access_token()
         if notice:
@@ -54,7 +54,7 @@ def _run(config: Config) -> int:
     return 0
 
 
-async def _serve(config: Config, store: LmdbStore, access_token: str) -> None:
+async def _serve(config: Config, store: Store, access_token: str) -> None:
     server = Server(config, store, access_token, _fail)
     http = Http(server, access_token)
     loop = asyncio.get_running_loop()

@@ -308,10 +308,10 @@ def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
-def _typed(one: Field[Any], text: str, source: str) -> Any:
+def _typed(one: Field[Any], text: str | bool, source: str) -> Any:
     """What a flag's or a variable's text means for this setting."""
     assert one.default is not MISSING, "every setting has a default"
-    if type(text) is bool or type(one.default) is str:
+    if isinstance(text, bool) or type(one.default) is str:
         return text
     if type(one.default) is bool:
         try:

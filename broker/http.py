@@ -1,4 +1,4 @@
-"""The second port: is the broker alive, is it ready, what has it done. HTTP/1.1, GET and HEAD, one request a connection.
+"""The second port: is the broker alive, is it ready, what has it done. HTTP/1.1, GET and HEAD, a request a connection.
 
 It reads the server's figures and changes nothing, so it stays small: a request has a size and a deadline, connections
 have a number, and whatever else HTTP offers is refused. Beyond loopback figures need the broker's token as a bearer

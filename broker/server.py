@@ -22,15 +22,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, cast
 
 from idemq import __version__
 from idemq.client import wire
 from idemq.client.wire import Code, Failed
 
 from .config import Config
-from .core import Connection, Core, Damaged, Group, Now, Output, Read, ReadRange, Reply, Rows, Space, found
-from .store import StoreFull
+from .core import Connection, Core, Damaged, Group, Now, Output, Read, ReadRange, Reply, Space, found
+from .store import Storage, StoreFull
 
 log = logging.getLogger("idemq.broker")
 
@@ -54,21 +54,6 @@ LIVE_MS = 1000
 ACCEPT_BACKLOG = 1024
 COMMIT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper bounds of the histogram of group commits."""
-
-
-class Store(Rows, Protocol):
-    """What the server needs of a store besides the core's reads. `commit` and `read` run in threads."""
-
-    def commit(self, group: Group) -> Space:
-        """Store everything, durably, or raise: StoreFull when certainly nothing was stored."""
-
-    def read(
-        self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int
-    ) -> list[tuple[int, int, bytes]]:
-        """(offset, timestamp_ms, batch) from `offset` up to `limit_offset`; at least one if there is any."""
-
-    def close(self) -> None:
-        """Release the data directory."""
 
 
 class Counts:
@@ -118,6 +103,9 @@ class _Deadlines:
         """The peer did it, or is gone."""
         self._began_ms.pop(peer, None)
 
+    def __contains__(self, peer: _Peer) -> bool:
+        return peer in self._began_ms
+
     def __iter__(self) -> Iterator[_Peer]:
         """The peer whose time began first comes first."""
         return iter(self._began_ms)
@@ -163,13 +151,14 @@ class _HotTail:
         return one.offset >= one.next or (span is not None and span[0] <= one.offset)
 
 
-def collect(store: Store, read: Read, bytes_max: int) -> tuple[list[wire.Part], list[bytes]]:
+def collect(store: Storage, read: Read, bytes_max: int) -> tuple[list[wire.Part], list[bytes]]:
     """Read what a fetch asks for: its parts, and the payload behind them.
 
     The whole stays within `bytes_max`, but for a first batch that alone is larger: a reply is always a legal frame.
     Ranges share the bytes, so that the first cannot starve the others.
     """
-    parts, payload = list(read.parts), []
+    parts: list[wire.Part] = list(read.parts)
+    payload: list[bytes] = []
     ranges = [one for one in read.ranges if one.offset < one.next]
     bytes_left = bytes_max
     for position, one in enumerate(ranges):
@@ -205,6 +194,7 @@ class _Peer(asyncio.Protocol):
         "_out",
         "_reading",
         "_reads",
+        "_receives",
         "_server",
         "_splitter",
         "_stalled",
@@ -229,6 +219,7 @@ class _Peer(asyncio.Protocol):
         self._reads: deque[Read] = deque()
         self._reading = False
         """The reader thread reads for this peer."""
+        self._receives = True
         self._unanswered = 0
         self._listing: int | None = None
         """Correlation of a listing without its reply yet: replies that large are made one at a time."""
@@ -240,8 +231,7 @@ class _Peer(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------ callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
         server = self._server
         self._transport.set_write_buffer_limits(high=server.config.send_buffer_bytes)
         name = transport.get_extra_info("peername")
@@ -277,17 +267,26 @@ class _Peer(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._stalled = True
         self._stalled_bytes = self._transport.get_write_buffer_size()
-        self._transport.pause_reading()
+        self._receive(False)
         self._server.stalls.start(self, self._server.now().mono_ms)
+        self._server.frames.stop(self)
 
     def resume_writing(self) -> None:
         self._stalled = False
         self._server.stalls.stop(self)
-        if self.closing:
-            self._transport.resume_reading()
-        else:
-            # Not at once: an error in here would be the transport's, and it must be ours.
-            self._server.loop.call_soon(self.flush)
+        if self._buffered_bytes:
+            self._server.frames.start(self, self._server.now().mono_ms)
+        # Not at once: an error in here would be the transport's, and it must be ours.
+        self._server.loop.call_soon(self.flush)
+
+    def _receive(self, on: bool) -> None:
+        """Read from the socket, or leave it to the peer's TCP to wait."""
+        if on != self._receives and not self._transport.is_closing():
+            self._receives = on
+            if on:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
     # --------------------------------------------------------------------------------------------------- frames
 
@@ -316,7 +315,7 @@ class _Peer(asyncio.Protocol):
                 output = step(now, connection, correlation, request, frame[1])
                 if output is None:
                     server.schedule()
-                elif type(output) is Reply:
+                elif isinstance(output, Reply):
                     self.reply(correlation, output.message, output.close)
                 else:
                     self._reads.append(output)
@@ -336,7 +335,7 @@ class _Peer(asyncio.Protocol):
     def _must_wait(self) -> bool:
         server = self._server
         if server.core.building_bytes > server.pause_bytes:
-            server.waiting_for_disk.append(self)
+            server.waiting_for_disk[self] = None
             return True
         return self._unanswered >= server.config.requests_max or self._listing is not None or self._stalled
 
@@ -405,11 +404,9 @@ class _Peer(asyncio.Protocol):
             self._finish()
         elif self._stalled:
             pass  # resume_writing() comes here again
-        elif self._frames is None:
-            self._transport.resume_reading()
         else:
-            self._transport.pause_reading()
-            if not self._taking and self._unanswered < self._server.config.requests_max and self._listing is None:
+            self._receive(self._frames is None)
+            if self._frames is not None and not self._must_wait():
                 self.take_later()
 
     def take_later(self) -> None:
@@ -434,13 +431,12 @@ class _Peer(asyncio.Protocol):
     def _finish(self) -> None:
         """Everything is written: end our half, and give the peer a moment to read it before the other half goes."""
         server = self._server
+        self._frames = None
         if self._transport.is_closing() or self in server.lingering:
             return
-        self._frames = None
         self._leave()
         self._transport.write_eof()
-        if not self._stalled:
-            self._transport.resume_reading()  # and drop what comes: closing with unread bytes would reset the peer
+        self._receive(True)  # and drop what comes: closing with unread bytes would reset the peer
         server.linger(self)
 
     def finish(self) -> None:
@@ -464,6 +460,7 @@ class _Peer(asyncio.Protocol):
 
     def _leave(self) -> None:
         server = self._server
+        server.waiting_for_disk.pop(self, None)
         server.buffered_bytes -= self._buffered_bytes
         self._buffered_bytes = 0
         for deadlines in (server.handshakes, server.frames, server.stalls):
@@ -491,7 +488,7 @@ class Server:
     `fail` is called when the process must not go on; it does not return.
     """
 
-    def __init__(self, config: Config, store: Store, access_token: str, fail: Callable[[], Any]) -> None:
+    def __init__(self, config: Config, store: Storage, access_token: str, fail: Callable[[], Any]) -> None:
         self.config = config
         self.store = store
         self.space: Space
@@ -501,7 +498,7 @@ class Server:
         self.loop: asyncio.AbstractEventLoop
         self.pause_bytes = config.group_bytes_max // 2
         """Payload waiting for the disk at which senders are paused: half of what the core refuses."""
-        self.waiting_for_disk: list[_Peer] = []
+        self.waiting_for_disk: dict[_Peer, None] = {}
         self.buffered_bytes = 0
         self.handshakes = _Deadlines(config.handshake_ms_max)
         self.frames = _Deadlines(config.frame_ms_max)
@@ -577,19 +574,23 @@ class Server:
             return
         self.stopping = True
         self._listener.close()
-        self.loop.call_later(self.config.shutdown_ms_max / 1000 * 0.75, self._cut_all)
+        self.loop.call_later(self.config.shutdown_ms_max / 1000 * 0.75, self.cut_all)
         self.schedule()
 
     async def wait_closed(self) -> None:
         """Return when every connection is closed and the threads have ended. The store stays open."""
         await self._closed
+        self.end_threads()
+
+    def end_threads(self) -> None:
+        """Return when no thread uses the store any more."""
         self._ending.set()
         self._groups.put(None)
         self._cold_reads.put(None)
         if self._timer is not None:
             self._timer.cancel()
         for thread in self._threads:
-            await self.loop.run_in_executor(None, thread.join)
+            thread.join()
 
     def stop_further(self) -> None:
         """While stopping: once nothing waits for the disk, say goodbye; once all are gone, end."""
@@ -599,7 +600,8 @@ class Server:
         if self._group is None and not self._peers and not self.lingering and not self._closed.done():
             self._closed.set_result(None)
 
-    def _cut_all(self) -> None:
+    def cut_all(self) -> None:
+        """Close every connection at once."""
         for peer in [*self._peers.values(), *self.lingering]:
             peer.cut()
 
@@ -685,7 +687,7 @@ class Server:
             self._alarm = core.alarm
             log.warning("%s", core.alarm or "the alarm is over")
         if core.building_bytes <= self.pause_bytes:
-            waiting, self.waiting_for_disk = self.waiting_for_disk, []
+            waiting, self.waiting_for_disk = self.waiting_for_disk, {}
             for peer in waiting:
                 peer.take_later()
         if self.stopping:
@@ -725,7 +727,6 @@ class Server:
             log.error("nothing of a group commit was stored, all connections are closed: %s", outcome)
             for peer in list(self._peers.values()):
                 peer.cut()
-            self.waiting_for_disk.clear()
             self.core = self._new_core()
         else:
             log.critical("a group commit failed, the next start will find out what is stored", exc_info=outcome)
@@ -744,7 +745,7 @@ class Server:
             if peer is None:
                 continue  # its connection is gone
             touched[peer] = None
-            if type(output) is Reply:
+            if isinstance(output, Reply):
                 peer.reply(output.correlation, output.message, output.close)
             else:
                 peer.answer(output)
