@@ -1,0 +1,849 @@
+"""The store: what is durable. Two of them behind one protocol, LMDB and its twin in memory.
+
+It knows rows, keys and files, and no rule: what is stored was decided by the core. One call of `commit` is one LMDB
+transaction, on the disk when it returns. `commit` belongs to one thread, reads may come from others meanwhile: each is
+a short LMDB read transaction of its own, over what is committed.
+
+Producer rows are the dear case. A group that changes rows all over the B-tree dirties a page for each, so the rows of
+such a group are put down together as one delta, and reach their places in the B-tree later (see `_Lazy`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from itertools import islice, starmap, takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import lmdb
+
+from idemq.client.wire import BATCH_HEADER
+
+from . import schema
+from .core import ROW_BYTES, Damaged, Group, Rows, Space, Stored
+from .groups import OffsetKey, OffsetRow
+from .pages import Broken, Pages
+from .producers import ProducerRow
+from .schema import Table
+from .topics import Ends, Mark, TopicRow
+
+MAP_BYTES = 1 << 40
+"""Address space for the map, not disk. Where the system grants less, the store asks for less."""
+MAP_BYTES_MIN = 1 << 30
+DIRECT_ROWS_MAX = 8
+"""Producer rows that one group writes straight into the B-tree; more become a delta."""
+LAZY_ROWS_MAX = 8192
+"""Rows written to deltas before they are moved on. Up to twice as many are in memory, and are read at start."""
+LAZY_DELTAS_MAX = 256
+"""Deltas before their rows are moved on, so that dropping them stays cheap."""
+LAZY_STEP_ROWS = 16
+"""Rows moved into the B-tree by one commit, at least."""
+
+LOCK_FILE = "lock"
+STORE_FOLDER = "store"
+_NEW_PREFIX = "store.new-"
+_NETWORK = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "afs", "virtiofs", "vboxsf"}
+)
+_LAYERED = frozenset({"overlay", "aufs", "unionfs", "ecryptfs"})
+
+Batch = tuple[int, int, bytes]
+"""(offset of the first record, timestamp_ms, bytes)."""
+
+
+class Reason(StrEnum):
+    """Why a data directory is refused."""
+
+    STORE_LOCKED = "STORE_LOCKED"
+    STORE_FILESYSTEM = "STORE_FILESYSTEM"
+    STORE_UNREADABLE = "STORE_UNREADABLE"
+    STORE_NOT_OURS = "STORE_NOT_OURS"
+    STORE_NEWER = "STORE_NEWER"
+    STORE_DAMAGED = "STORE_DAMAGED"
+
+
+class StoreError(Exception):
+    """A data directory cannot be opened; nothing in it was changed. `text` says what to do."""
+
+    def __init__(self, code: Reason, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+class StoreFull(Exception):
+    """No room for this group: nothing of it is stored, and the store goes on."""
+
+
+class StoreBroken(Exception):
+    """A commit failed with its outcome unknown: the process must end, and the next start finds out."""
+
+
+class Storage(Rows, Protocol):
+    """What the server needs of a store: the committed rows, and one way to change them."""
+
+    def commit(self, group: Group) -> Space:
+        """Make a group durable, all of it or nothing. Raises StoreFull (nothing stored) or StoreBroken (unknown)."""
+
+    def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
+        """Batches from the one that contains `offset`, in order, below `limit_offset`.
+
+        At least one, however large, then while they fit into `bytes_max`; what was trimmed is skipped. Raises Damaged
+        when the first is broken; a later one ends the answer.
+        """
+
+    def close(self) -> None:
+        """Let go of everything. Nothing is written."""
+
+
+def tune_allocator() -> bool:
+    """Keep glibc from mapping and unmapping each large page that LMDB makes; False where there is no such allocator.
+
+    That costs a quarter to a third of the broker's CPU otherwise. Call once, before a store is opened.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+    settings = ((mmap_threshold, 32 << 20), (trim_threshold, 64 << 20), (top_pad, 16 << 20))
+    return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+# -------------------------------------------------------------------------------------------------------------- LMDB
+
+
+class _Lazy:
+    """Producer rows that stand in deltas and not yet, or only in part, in the B-tree.
+
+    Two generations, so that a delta is dropped only when all its rows are in the B-tree: commits write deltas of the
+    young one; the old one is moved into the B-tree in order of id, some rows with each commit. A row that is in either
+    is written through a delta again, because reading the deltas at the next start overrides the B-tree.
+    """
+
+    def __init__(self) -> None:
+        self.young: dict[int, bytes | None] = {}
+        self.young_rows = 0
+        self.young_deltas = 0
+        self.old: dict[int, bytes | None] = {}
+        self.old_ids: list[int] = []
+        """Still to be moved, the largest id first."""
+        self.old_commit = 0
+        """The old generation's deltas end with this commit."""
+
+    def __contains__(self, producer_id: int) -> bool:
+        return producer_id in self.young or producer_id in self.old
+
+    def age(self, commit: int) -> None:
+        """The young generation becomes the old one."""
+        self.old, self.young = self.young, {}
+        self.young_rows = self.young_deltas = 0
+        self.old_ids = sorted(self.old, reverse=True)
+        self.old_commit = commit
+
+    def rows(self) -> dict[int, bytes | None]:
+        """All of them, the latest of each."""
+        return self.old | self.young
+
+
+class Store:
+    """An LMDB store in a directory, which is made when it does not exist.
+
+    Raises StoreError. `force_filesystem` takes network and layered file systems too, at the owner's risk.
+    """
+
+    def __init__(self, directory: str | Path, force_filesystem: bool = False) -> None:
+        self._directory = Path(directory)
+        self._lock = _lock_directory(self._directory, force_filesystem)
+        try:
+            path = self._directory / STORE_FOLDER
+            for leftover in self._directory.glob(f"{_NEW_PREFIX}*"):
+                shutil.rmtree(leftover)
+            if not path.exists():
+                _create(self._directory)
+            _check_file(path)
+            self._environment = _open_environment(str(path), create=False)
+            try:
+                self._load()
+            except BaseException:
+                self._environment.close()
+                raise
+        except (OSError, lmdb.Error, Broken) as error:
+            os.close(self._lock)
+            raise _refusal(self._directory, error) from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _load(self) -> None:
+        version = _format(self._environment, self._directory)
+        assert version == schema.FORMAT_VERSION, "there is no earlier version to upgrade"
+        self._tables = {table: self._environment.open_db(table.encode(), create=False) for table in Table}
+        self._lazy = _Lazy()
+        self._broken = False
+        try:
+            with self._environment.begin() as txn:
+                meta = self._tables[Table.META]
+                self._incarnation = schema.incarnation(txn.get(schema.INCARNATION_KEY, b"", meta))
+                self._counter, self._commits = schema.state(txn.get(schema.STATE_KEY, b"", meta))
+                for key, value in txn.cursor(self._tables[Table.DELTAS]):
+                    self._lazy.young.update(schema.delta_rows(key, value))
+        except Damaged as damage:
+            raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
+        self._lazy.age(self._commits)
+
+    def close(self) -> None:
+        """Let go of the files and of the lock. Nothing is written."""
+        self._environment.close()
+        os.close(self._lock)
+
+    # ------------------------------------------------------------------------------------------------- commit
+
+    def commit(self, group: Group) -> Space:
+        """See `Storage.commit`. After StoreBroken every further commit raises it too."""
+        if self._broken:
+            raise StoreBroken("an earlier commit failed: this process must end")
+        try:
+            return self._commit(group)
+        except (lmdb.MapFullError, lmdb.DiskError) as error:
+            self._refuse_when_panicked(error)
+            raise StoreFull(f"no room in {self._directory}: {error}") from error
+        except Exception as error:
+            self._broken = True
+            raise StoreBroken(f"a commit failed, its outcome is unknown: {type(error).__name__}: {error}") from error
+
+    def _refuse_when_panicked(self, error: Exception) -> None:
+        """A full disk is a definite failure, except in the very last write: then LMDB takes no further transaction."""
+        try:
+            self._environment.begin(write=True).abort()
+        except lmdb.Error as panic:
+            self._broken = True
+            raise StoreBroken(f"a commit failed, its outcome is unknown: {error}; {panic}") from error
+
+    def _commit(self, group: Group) -> Space:
+        commits = self._commits + 1
+        counter = self._counter if group.counter is None else group.counter
+        txn = self._environment.begin(write=True)
+        try:
+            for stored in group.appends:
+                key = schema.log_key(stored.topic_id, stored.partition, stored.offset)
+                self._put_checked(txn, Table.LOG, key, schema.log_value(key, stored), overwrite=False)
+            for trim in group.trims:
+                first = schema.log_key(trim.topic_id, trim.partition, 0)
+                self._delete_range(txn, Table.LOG, first, schema.log_key(trim.topic_id, trim.partition, trim.below))
+            self._write_names(txn, group.names)
+            self._write_offsets(txn, group.offsets)
+            self._write_topics(txn, group.topics)
+            delta = self._write_producers(txn, group.producers, commits)
+            moved = self._move_lazy(txn, len(delta))
+            self._put_checked(txn, Table.META, schema.STATE_KEY, schema.state_value(counter, commits))
+        except BaseException:
+            txn.abort()
+            raise
+        txn.commit()
+        self._counter, self._commits = counter, commits
+        self._remember_lazy(delta, moved)
+        return self.space()
+
+    def _put_checked(
+        self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True, append: bool = False
+    ) -> None:
+        """LMDB answers a put that it did not do by returning False (PITFALLS 36)."""
+        if not txn.put(key, value, overwrite=overwrite, append=append, db=self._tables[table]):
+            raise StoreBroken(f"table {table} did not take key {key.hex()}: there is one already, or a later one")
+
+    def _delete_range(self, txn: Any, table: Table, first: bytes, behind: bytes) -> None:
+        """Remove the keys from `first` and below `behind`."""
+        with txn.cursor(self._tables[table]) as cursor:
+            found = cursor.set_range(first)
+            while found and first <= cursor.key() < behind:
+                found = cursor.delete()
+
+    def _write_names(self, txn: Any, names: dict[str, int | None]) -> None:
+        for name, producer_id in names.items():
+            key = name.encode()
+            if producer_id is None:
+                txn.delete(key, db=self._tables[Table.PRODUCER_NAMES])
+            else:
+                self._put_checked(txn, Table.PRODUCER_NAMES, key, schema.name_value(key, producer_id))
+
+    def _write_offsets(self, txn: Any, offsets: dict[OffsetKey, OffsetRow | None]) -> None:
+        for where, row in offsets.items():
+            key = schema.offset_key(where)
+            if row is None:
+                txn.delete(key, db=self._tables[Table.OFFSETS])
+            else:
+                self._put_checked(txn, Table.OFFSETS, key, schema.offset_value(key, row))
+
+    def _write_topics(self, txn: Any, topics: dict[int, TopicRow | None]) -> None:
+        """A topic that is gone takes its groups' positions with it."""
+        for topic_id, row in topics.items():
+            key = schema.ID_KEY.pack(topic_id)
+            if row is None:
+                txn.delete(key, db=self._tables[Table.TOPICS])
+                self._delete_range(txn, Table.OFFSETS, key, schema.ID_KEY.pack(topic_id + 1))
+            else:
+                self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
+
+    def _write_producers(
+        self, txn: Any, rows: dict[int, ProducerRow | None], commit: int
+    ) -> list[tuple[int, bytes | None]]:
+        """Into the B-tree, or into a delta; returns what went into the delta."""
+        delta: list[tuple[int, bytes | None]] = []
+        many = len(rows) > DIRECT_ROWS_MAX
+        for producer_id, row in rows.items():
+            key = schema.ID_KEY.pack(producer_id)
+            value = None if row is None else schema.producer_value(key, row)
+            if many or producer_id in self._lazy:
+                delta.append((producer_id, value))
+            else:
+                self._write_producer(txn, key, value)
+        if delta:
+            key = schema.ID_KEY.pack(commit)
+            self._put_checked(txn, Table.DELTAS, key, schema.delta_value(key, delta), append=True)
+        return delta
+
+    def _write_producer(self, txn: Any, key: bytes, value: bytes | None) -> None:
+        if value is None:
+            txn.delete(key, db=self._tables[Table.PRODUCERS])
+        else:
+            self._put_checked(txn, Table.PRODUCERS, key, value)
+
+    def _move_lazy(self, txn: Any, rows: int) -> int:
+        """Move the next rows of the old generation to their places, at least as many as came in; returns how many."""
+        ids = self._lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
+        for producer_id in reversed(ids):
+            self._write_producer(txn, schema.ID_KEY.pack(producer_id), self._lazy.old[producer_id])
+        if self._lazy.old and len(ids) == len(self._lazy.old_ids):
+            behind = schema.ID_KEY.pack(self._lazy.old_commit + 1)
+            self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), behind)
+        return len(ids)
+
+    def _remember_lazy(self, delta: list[tuple[int, bytes | None]], moved: int) -> None:
+        """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
+        lazy = self._lazy
+        lazy.young.update(delta)
+        lazy.young_rows += len(delta)
+        lazy.young_deltas += bool(delta)
+        del lazy.old_ids[len(lazy.old_ids) - moved :]
+        if lazy.old and not lazy.old_ids:
+            lazy.old = {}
+        if not lazy.old and (lazy.young_rows >= LAZY_ROWS_MAX or lazy.young_deltas >= LAZY_DELTAS_MAX):
+            lazy.age(self._commits)
+
+    # -------------------------------------------------------------------------------------------------- reads
+
+    def incarnation(self) -> bytes:
+        """The store's name for ever."""
+        return self._incarnation
+
+    def counter(self) -> int:
+        """The last number given to a topic, producer, epoch or lease."""
+        return self._counter
+
+    def space(self) -> Space:
+        """As measured now."""
+        with self._environment.begin() as txn:
+            stats = [txn.stat(table) for table in self._tables.values()]
+        page_bytes = stats[0]["psize"]
+        used = sum([stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats])
+        free = max(0, self._environment.info()["last_pgno"] + 1 - used)
+        disk = os.statvfs(self._directory)
+        return Space(used * page_bytes, free * page_bytes + disk.f_bavail * disk.f_frsize, self._commits)
+
+    def topics(self) -> Iterable[TopicRow]:
+        """All topics, also those being deleted. Raises Damaged."""
+        with self._environment.begin() as txn:
+            return [schema.topic_row(key, value) for key, value in txn.cursor(self._tables[Table.TOPICS])]
+
+    def partition(self, topic_id: int, partition: int) -> Ends | None:
+        """See `Rows.partition`. Raises Damaged."""
+        with self._environment.begin(buffers=True) as txn, txn.cursor(self._tables[Table.LOG]) as cursor:
+            first = next(_log_rows(cursor, topic_id, partition, 0), None)
+            if first is None:
+                return None
+            last = _last_row(cursor, topic_id, partition)
+        return Ends(first.offset, first.position, last.end, last.position + last.length, last.timestamp_ms)
+
+    def oldest(self, topic_id: int, partition: int, limit: int) -> Sequence[Mark]:
+        """See `Rows.oldest`. Raises Damaged."""
+        with self._environment.begin(buffers=True) as txn, txn.cursor(self._tables[Table.LOG]) as cursor:
+            return [
+                Mark(row.offset, row.end, row.timestamp_ms, row.position + row.length)
+                for row in islice(_log_rows(cursor, topic_id, partition, 0), limit)
+            ]
+
+    def offset_at(self, topic_id: int, partition: int, timestamp_ms: int) -> int | None:
+        """See `Rows.offset_at`. A binary search: the times in a partition never go back. Raises Damaged."""
+        with self._environment.begin(buffers=True) as txn, txn.cursor(self._tables[Table.LOG]) as cursor:
+            first = next(_log_rows(cursor, topic_id, partition, 0), None)
+            if first is None:
+                return None
+            last = _last_row(cursor, topic_id, partition)
+            if last.timestamp_ms < timestamp_ms:
+                return None
+            low, high = first.offset, last.offset
+            while low < high:
+                middle = next(_log_rows(cursor, topic_id, partition, (low + high) // 2))
+                if middle.timestamp_ms < timestamp_ms:
+                    low = middle.end
+                elif middle.offset < high:
+                    high = middle.offset
+                else:  # no batch begins between the middle and `high`
+                    high = (low + high) // 2
+            return next(_log_rows(cursor, topic_id, partition, low)).offset
+
+    def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
+        """See `Storage.read`."""
+        batches: list[Batch] = []
+        if offset >= limit_offset:
+            return batches
+        with self._environment.begin(buffers=True) as txn, txn.cursor(self._tables[Table.LOG]) as cursor:
+            size = 0
+            next_offset = None
+            start = _start_of(cursor, topic_id, partition, offset)
+            for key, value in _log_items(cursor, topic_id, partition, start):
+                try:
+                    row = schema.log_row(key, value)
+                    if next_offset is not None and row.offset != next_offset:
+                        raise schema.damaged(Table.LOG, key, f"the batch before ends at {next_offset}")
+                except Damaged:
+                    if not batches:
+                        raise
+                    break
+                if row.end <= offset:
+                    continue
+                size += row.length
+                if row.offset >= limit_offset or (batches and size > bytes_max):
+                    break
+                batches.append((row.offset, row.timestamp_ms, bytes(value[schema.LOG_PREFIX_BYTES :])))
+                next_offset = row.end
+        return batches
+
+    def producer(self, producer_id: int) -> ProducerRow | None:
+        """A producer by id. Raises Damaged."""
+        key = schema.ID_KEY.pack(producer_id)
+        for generation in (self._lazy.young, self._lazy.old):
+            if producer_id in generation:
+                value = generation[producer_id]
+                break
+        else:
+            with self._environment.begin() as txn:
+                value = txn.get(key, db=self._tables[Table.PRODUCERS])
+        return None if value is None else schema.producer_row(key, value)
+
+    def producer_id(self, name: str) -> int | None:
+        """A producer's id by name. Raises Damaged."""
+        key = name.encode()
+        with self._environment.begin() as txn:
+            value = txn.get(key, db=self._tables[Table.PRODUCER_NAMES])
+        return None if value is None else schema.name_id(key, value)
+
+    def producer_names(self, after: str, limit: int) -> Sequence[tuple[str, int]]:
+        """Names behind `after`, in order, with their ids. Raises Damaged."""
+        start = after.encode()
+        with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCER_NAMES]) as cursor:
+            found = (item for item in _items_from(cursor, start) if item[0] != start)
+            return [(key.decode(), schema.name_id(key, value)) for key, value in islice(found, limit)]
+
+    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
+        """Rows with at least this id, in order of id. Raises Damaged."""
+        lazy = {key: value for key, value in self._lazy.rows().items() if key >= producer_id}
+        rows: list[ProducerRow] = []
+        with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCERS]) as cursor:
+            items = islice(_items_from(cursor, schema.ID_KEY.pack(producer_id)), limit + len(lazy))
+            stored = {schema.ID_KEY.unpack(key)[0]: value for key, value in items}
+        for number, value in sorted((stored | lazy).items()):
+            if value is not None and len(rows) < limit:
+                rows.append(schema.producer_row(schema.ID_KEY.pack(number), value))
+        return rows
+
+    def producer_count(self) -> int:
+        """How many rows there are."""
+        with self._environment.begin() as txn:
+            count: int = txn.stat(self._tables[Table.PRODUCER_NAMES])["entries"]
+        return count
+
+    def offset(self, key: OffsetKey) -> OffsetRow | None:
+        """A group's position. Raises Damaged."""
+        where = schema.offset_key(key)
+        with self._environment.begin() as txn:
+            value = txn.get(where, db=self._tables[Table.OFFSETS])
+        return None if value is None else schema.offset_row(where, value)
+
+
+def _items_from(cursor: Any, key: bytes) -> Iterator[tuple[Any, Any]]:
+    """(key, value) of the entries from `key` on. A cursor that found nothing would begin at the table's start."""
+    if cursor.set_range(key):
+        yield from cursor.iternext()
+
+
+def _log_items(cursor: Any, topic_id: int, partition: int, offset: int) -> Iterator[tuple[Any, Any]]:
+    """(key, value) of a partition's batches that begin at or behind `offset`."""
+    key = schema.log_key(topic_id, partition, offset)
+    prefix = key[: schema.PARTITION_KEY.size]
+    return takewhile(lambda item: item[0][: len(prefix)] == prefix, _items_from(cursor, key))
+
+
+def _log_rows(cursor: Any, topic_id: int, partition: int, offset: int) -> Iterator[schema.LogRow]:
+    """The same, decoded and verified."""
+    return starmap(schema.log_row, _log_items(cursor, topic_id, partition, offset))
+
+
+def _start_of(cursor: Any, topic_id: int, partition: int, offset: int) -> int:
+    """The first offset of the last batch that begins at or before `offset`, or `offset`."""
+    key = schema.log_key(topic_id, partition, offset)
+    if not cursor.set_range(key):
+        cursor.last()
+    elif cursor.key() != key:
+        cursor.prev()
+    where = bytes(cursor.key())
+    same = where[: schema.PARTITION_KEY.size] == key[: schema.PARTITION_KEY.size]
+    return schema.LOG_KEY.unpack(where)[2] if same else offset
+
+
+def _last_row(cursor: Any, topic_id: int, partition: int) -> schema.LogRow:
+    """The last batch of a partition that has one."""
+    if cursor.set_range(schema.log_key(topic_id, partition + 1, 0)):
+        cursor.prev()
+    else:
+        cursor.last()
+    return schema.log_row(*cursor.item())
+
+
+# ------------------------------------------------------------------------------------------------------- directories
+
+
+def _lock_directory(directory: Path, force_filesystem: bool) -> int:
+    """Make the directory, look at where it lies, and lock it; returns the lock's file descriptor. Raises StoreError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kind = _filesystem(directory)
+        if not force_filesystem and (kind in _NETWORK or kind in _LAYERED or kind.startswith("fuse")):
+            raise StoreError(
+                Reason.STORE_FILESYSTEM,
+                f"{directory} lies on {kind}, where a committed write may be lost: use a local disk (a volume, in a"
+                " container), or force it at your own risk",
+            )
+        return _flock(directory)
+    except OSError as error:
+        raise _refusal(directory, error) from error
+
+
+def _flock(directory: Path) -> int:
+    """LMDB would let a second process in."""
+    lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        os.close(lock)
+        if error.errno != errno.EWOULDBLOCK:
+            raise
+        raise StoreError(
+            Reason.STORE_LOCKED,
+            f"{directory} is in use by process {holder or 'unknown'}: stop it first, or use another directory",
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _filesystem(directory: Path) -> str:
+    """The type of the file system that a directory lies on; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return ""
+    device = os.stat(directory).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    path = str(directory.resolve())
+    best, kind = "", ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        point = fields[4].encode().decode("unicode_escape")
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        # The device settles it, where the kernel shows the same one (it does not for each subvolume of btrfs).
+        if inside and (len(point), fields[2] == wanted) >= (len(best), False):
+            best, kind = point, right.split(" ")[0]
+    return kind
+
+
+def _create(directory: Path) -> None:
+    """A new store appears whole or not at all, so that one which cannot be opened is always damage."""
+    strangers = sorted({entry.name for entry in directory.iterdir()} - {LOCK_FILE, "lost+found"})
+    if strangers:
+        raise StoreError(
+            Reason.STORE_NOT_OURS,
+            f"{directory} holds other things ({', '.join(strangers[:3])}) and no store: use an empty or new directory",
+        )
+    new = tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=directory)
+    environment = _open_environment(new, create=True)
+    tables = {table: environment.open_db(table.encode()) for table in Table}
+    with environment.begin(write=True, db=tables[Table.META]) as txn:
+        rows = {
+            schema.FORMAT_KEY: schema.format_value(),
+            schema.INCARNATION_KEY: schema.incarnation_value(secrets.token_bytes(schema.INCARNATION_BYTES)),
+            schema.STATE_KEY: schema.state_value(0, 0),
+        }
+        if not all(txn.put(key, value) for key, value in rows.items()):
+            raise StoreBroken("a new store did not take its first rows")
+    environment.close()
+    _sync(os.path.join(new, "data.mdb"))
+    _sync(new)
+    os.rename(new, directory / STORE_FOLDER)
+    _sync(str(directory))
+    _sync(str(directory.resolve().parent))
+
+
+def _sync(path: str) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _open_environment(path: str, create: bool) -> Any:
+    """Open LMDB the one way that is durable: no NOSYNC, no NOMETASYNC, no WRITEMAP."""
+    map_bytes = MAP_BYTES
+    while True:
+        try:
+            return lmdb.open(
+                path, map_size=map_bytes, max_dbs=len(Table), sync=True, metasync=True, create=create, mode=0o600
+            )
+        except lmdb.MemoryError:
+            if map_bytes <= MAP_BYTES_MIN:
+                raise
+            map_bytes //= 4
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that would kill whoever maps it. Raises Broken, OSError.
+
+    A healthy file may be shorter than its meta says: LMDB counts a page that a transaction took at the end and gave
+    back, and does not write it. Such a page is on the list of free pages; a page that was cut off is not.
+    """
+    with Pages(str(path / "data.mdb")) as pages:
+        if pages.missing and not pages.free_pages().issuperset(pages.missing):
+            raise Broken(f"the file is cut off: {len(pages.missing)} of {pages.meta.last_page + 1} pages are missing")
+
+
+def _format(environment: Any, directory: Path) -> int:
+    """The store's version. Raises StoreError."""
+    try:
+        meta = environment.open_db(Table.META.encode(), create=False)
+        with environment.begin() as txn:
+            value = txn.get(schema.FORMAT_KEY, None, meta)
+        version = None if value is None else schema.format_version(value)
+    except (lmdb.NotFoundError, lmdb.IncompatibleError):
+        version = None
+    except Damaged as damage:
+        raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
+    if version is None:
+        raise StoreError(Reason.STORE_NOT_OURS, f"{directory} holds somebody else's LMDB data: use another directory")
+    if version > schema.FORMAT_VERSION:
+        raise StoreError(
+            Reason.STORE_NEWER,
+            f"{directory} was written by a later idemq (format {version}, this one knows {schema.FORMAT_VERSION}):"
+            " install that version again",
+        )
+    return version
+
+
+def _refusal(directory: Path, error: Exception) -> StoreError:
+    if isinstance(error, OSError):
+        return StoreError(
+            Reason.STORE_UNREADABLE, f"{directory} cannot be used: {error}: check its owner, permissions and mount"
+        )
+    if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "Permission denied" in str(error):
+        return StoreError(
+            Reason.STORE_UNREADABLE, f"{directory} cannot be used: {error}: check its owner, permissions and mount"
+        )
+    return StoreError(
+        Reason.STORE_DAMAGED,
+        f"{directory} is damaged: {error}: leave it as it is, run idemq verify on it, and restore a copy",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+class MemoryStore:
+    """The same in memory, for tests and the simulator. What is committed here counts as durable."""
+
+    def __init__(self, incarnation: bytes = b"\x00" * schema.INCARNATION_BYTES, disk_bytes: int = 1 << 40) -> None:
+        self.disk_bytes = disk_bytes
+        """What `space()` reports as free; a test may change it."""
+        self._incarnation = incarnation
+        self._counter = 0
+        self._commits = 0
+        self._used_bytes = 0
+        self._logs: dict[tuple[int, int], list[Stored]] = {}
+        self._producers: dict[int, ProducerRow] = {}
+        self._producer_ids: list[int] = []
+        self._names: dict[str, int] = {}
+        self._sorted_names: list[str] = []
+        self._offsets: dict[OffsetKey, OffsetRow] = {}
+        self._topics: dict[int, TopicRow] = {}
+
+    def copy(self) -> MemoryStore:
+        """As it stands now. Rows are shared, they never change."""
+        other = MemoryStore(self._incarnation, self.disk_bytes)
+        other._counter, other._commits, other._used_bytes = self._counter, self._commits, self._used_bytes
+        other._logs = {key: log.copy() for key, log in self._logs.items()}
+        other._producers, other._producer_ids = self._producers.copy(), self._producer_ids.copy()
+        other._names, other._sorted_names = self._names.copy(), self._sorted_names.copy()
+        other._offsets, other._topics = self._offsets.copy(), self._topics.copy()
+        return other
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def commit(self, group: Group) -> Space:
+        """See `Storage.commit`. Raises StoreBroken before anything is changed."""
+        for stored in group.appends:
+            log = self._logs.get((stored.topic_id, stored.partition))
+            if log and stored.offset <= log[-1].offset:
+                index = bisect_left(log, stored.offset, key=_offset_of)
+                if log[index].offset == stored.offset:
+                    raise StoreBroken(f"table log did not take offset {stored.offset}: there is one already")
+        for stored in group.appends:
+            insort(self._logs.setdefault((stored.topic_id, stored.partition), []), stored, key=_offset_of)
+            self._used_bytes += len(stored.batch) + ROW_BYTES
+        for trim in group.trims:
+            log = self._logs.get((trim.topic_id, trim.partition), [])
+            count = bisect_left(log, trim.below, key=_offset_of)
+            self._used_bytes -= sum([len(stored.batch) + ROW_BYTES for stored in log[:count]])
+            del log[:count]
+        for name, producer_id in group.names.items():
+            _set(self._names, self._sorted_names, name, producer_id)
+        for producer_id, row in group.producers.items():
+            _set(self._producers, self._producer_ids, producer_id, row)
+        for key, position in group.offsets.items():
+            if position is None:
+                self._offsets.pop(key, None)
+            else:
+                self._offsets[key] = position
+        for topic_id, topic in group.topics.items():
+            if topic is None:
+                self._topics.pop(topic_id, None)
+                self._offsets = {key: row for key, row in self._offsets.items() if key.topic_id != topic_id}
+            else:
+                self._topics[topic_id] = topic
+        if group.counter is not None:
+            self._counter = group.counter
+        self._commits += 1
+        return self.space()
+
+    def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
+        """See `Storage.read`."""
+        log = self._logs.get((topic_id, partition), [])
+        start = max(0, bisect_right(log, offset, key=_offset_of) - 1)
+        batches: list[Batch] = []
+        size = 0
+        for stored in islice(log, start, None):
+            if _end(stored) <= offset:
+                continue
+            size += len(stored.batch)
+            if max(stored.offset, offset) >= limit_offset or (batches and size > bytes_max):
+                break
+            batches.append((stored.offset, stored.timestamp_ms, stored.batch))
+        return batches
+
+    def incarnation(self) -> bytes:
+        """The store's name for ever."""
+        return self._incarnation
+
+    def counter(self) -> int:
+        """The last number given to a topic, producer, epoch or lease."""
+        return self._counter
+
+    def space(self) -> Space:
+        """As measured now."""
+        return Space(self._used_bytes, self.disk_bytes, self._commits)
+
+    def topics(self) -> Iterable[TopicRow]:
+        """All topics, also those being deleted."""
+        return [self._topics[topic_id] for topic_id in sorted(self._topics)]
+
+    def partition(self, topic_id: int, partition: int) -> Ends | None:
+        """See `Rows.partition`."""
+        log = self._logs.get((topic_id, partition))
+        if not log:
+            return None
+        first, last = log[0], log[-1]
+        return Ends(first.offset, first.position, _end(last), last.position + len(last.batch), last.timestamp_ms)
+
+    def oldest(self, topic_id: int, partition: int, limit: int) -> Sequence[Mark]:
+        """See `Rows.oldest`."""
+        return [
+            Mark(stored.offset, _end(stored), stored.timestamp_ms, stored.position + len(stored.batch))
+            for stored in self._logs.get((topic_id, partition), [])[:limit]
+        ]
+
+    def offset_at(self, topic_id: int, partition: int, timestamp_ms: int) -> int | None:
+        """See `Rows.offset_at`."""
+        log = self._logs.get((topic_id, partition), [])
+        index = bisect_left(log, timestamp_ms, key=_timestamp_of)
+        return log[index].offset if index < len(log) else None
+
+    def producer(self, producer_id: int) -> ProducerRow | None:
+        """A producer by id."""
+        return self._producers.get(producer_id)
+
+    def producer_id(self, name: str) -> int | None:
+        """A producer's id by name."""
+        return self._names.get(name)
+
+    def producer_names(self, after: str, limit: int) -> Sequence[tuple[str, int]]:
+        """Names behind `after`, in order, with their ids."""
+        start = bisect_right(self._sorted_names, after)
+        return [(name, self._names[name]) for name in self._sorted_names[start : start + limit]]
+
+    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
+        """Rows with at least this id, in order of id."""
+        start = bisect_left(self._producer_ids, producer_id)
+        return [self._producers[number] for number in self._producer_ids[start : start + limit]]
+
+    def producer_count(self) -> int:
+        """How many rows there are."""
+        return len(self._names)
+
+    def offset(self, key: OffsetKey) -> OffsetRow | None:
+        """A group's position."""
+        return self._offsets.get(key)
+
+
+def _offset_of(stored: Stored) -> int:
+    return stored.offset
+
+
+def _timestamp_of(stored: Stored) -> int:
+    return stored.timestamp_ms
+
+
+def _end(stored: Stored) -> int:
+    count: int = BATCH_HEADER.unpack_from(stored.batch)[3]
+    return stored.offset + count
+
+
+def _set(rows: dict[Any, Any], keys: list[Any], key: Any, row: Any) -> None:
+    """Put or remove a row and keep the list of keys in order."""
+    if row is None:
+        if rows.pop(key, None) is not None:
+            del keys[bisect_left(keys, key)]
+        return
+    if key not in rows:
+        insort(keys, key)
+    rows[key] = row
