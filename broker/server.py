@@ -43,7 +43,7 @@ SWEEP_MS = 250
 """How often deadlines of connections are looked at, and so how late they may strike."""
 HOT_BYTES_MAX = 32 << 20
 """The newest bytes of the log, which are in the page cache: reads of them need no thread."""
-FETCH_BATCHES_MAX = 16 << 10
+FETCH_BATCHES_MAX = 8 << 10
 """Batches in one reply, so that its header stays below HEADER_BYTES_MAX (at most 26 bytes a batch)."""
 FETCH_BYTES_MIN = 64 << 10
 """What a fetch may still get while many other clients do not read their replies."""
