@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ from .connection import Address, find_token
 from .consumer import PREFETCH_BYTES, Start, Subscription
 from .engine import Engine, NativeEngine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
 from .errors import ClientClosed, IdemqError, InvalidRequest, UnknownProducer, UnknownTopic, Unsupported
-from .producer import GIVE_UP_S, Producer
+from .producer import GIVE_UP_S, Producer, check_timeout
 from .records import Headers, Receipt
 
 DEFAULT_URL = "idemq://localhost:7750"
@@ -46,12 +47,6 @@ def seconds(duration: Duration, what: str) -> float:
     return value
 
 
-def _timeout(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
-        raise InvalidRequest(f"timeout is a number of seconds above 0, not {value!r}")
-    return float(value)
-
-
 class Client:
     """A connection to a broker. It reconnects by itself; every call ends within its `timeout` seconds."""
 
@@ -77,7 +72,7 @@ class Client:
         timeout: float | None = None,
     ) -> Receipt:
         """Send one message through this client's anonymous producer; returns once durable. See `Producer.send`."""
-        if self._default is None:
+        if self._default is None or self._default.ended:  # the broker forgot it: what comes next goes through another
             self._default = self.producer()
         return await self._default.send(
             topic,
@@ -146,6 +141,7 @@ class Client:
             if value is not None:
                 raise Unsupported(f"subscribe({name}=…) needs groups, which are not offered yet")
         subscription = Subscription(self._engine, topics, start, on_truncated, prefetch_bytes, self._timeout)
+        self._subscriptions = [one for one in self._subscriptions if not one._closed]
         self._subscriptions.append(subscription)
         return subscription
 
@@ -247,18 +243,17 @@ class Client:
         """Flush all producers within `timeout` seconds, then end. Raises what is not stored, or unknown."""
         if self._closed:
             return
+        limit = self._limit(timeout)
         self._closed = True
-        errors: list[IdemqError] = []
+        for subscription in self._subscriptions:
+            subscription.end()
         try:
-            for subscription in self._subscriptions:
-                await subscription.close()
-            for producer in self._producers:
-                try:
-                    await producer.close(self._limit(timeout))
-                except IdemqError as error:
-                    errors.append(error)
+            # All at once: the time is for all of them together.
+            closing = [one.close() for one in self._subscriptions] + [one.close(limit) for one in self._producers]
+            results = await asyncio.gather(*closing, return_exceptions=True)
         finally:
             await self._engine.close()
+        errors: list[BaseException] = [one for one in results if one is not None]
         if errors:
             for other in errors[1:]:
                 errors[0].add_note(f"and: {other}")
@@ -288,7 +283,7 @@ class Client:
         return self._engine
 
     def _limit(self, timeout: float | None) -> float:
-        return self._timeout if timeout is None else _timeout(timeout)
+        return self._timeout if timeout is None else check_timeout(timeout)
 
 
 def _settings(
@@ -316,7 +311,7 @@ class Connecting:
         return self._connect().__await__()
 
     async def _connect(self) -> Client:
-        engine = NativeEngine(self._address, self._token, self._name)
+        engine = NativeEngine(self._address, self._token, self._name, self._timeout)
         try:
             await engine.start(self._timeout)
         except BaseException:
@@ -351,4 +346,4 @@ def connect(
         if name is not None
         else f"{os.path.basename(sys.argv[0] or 'python')}@{socket.gethostname()}:{os.getpid()}"
     )
-    return Connecting(address, found, _timeout(timeout), name)
+    return Connecting(address, found, check_timeout(timeout), name)

@@ -26,18 +26,18 @@ class Address:
     """Where a broker is, read from a URL: `idemq://[TOKEN@]HOST[:PORT][?token=TOKEN]`."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "//" in url else f"idemq://{url}")
+        try:
+            parts = urlsplit(url if "//" in url else f"idemq://{url}")
+            port = parts.port
+            query = parse_qs(parts.query, strict_parsing=bool(parts.query))
+        except ValueError as error:
+            raise InvalidRequest(f"{url!r} is no URL: {error}") from None
         if parts.scheme in ("kafka", "idemqs"):
             raise Unsupported(f"{parts.scheme}:// is not offered yet")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme != "idemq" or not parts.hostname or port == -1 or parts.path not in ("", "/"):
+        if parts.scheme != "idemq" or not parts.hostname or parts.path not in ("", "/"):
             raise InvalidRequest(f"{url!r} is no broker's URL; it looks like idemq://localhost:{DEFAULT_PORT}")
         self.host = parts.hostname
         self.port = port if port is not None else DEFAULT_PORT
-        query = parse_qs(parts.query, strict_parsing=bool(parts.query))
         unknown = query.keys() - {"token"}
         if unknown:
             raise InvalidRequest(f"{url!r}: {sorted(unknown)[0]!r} is not known here, only token")
@@ -101,9 +101,10 @@ class _Protocol(asyncio.Protocol):
 class Connection:
     """Drives one session on the running event loop. Call `pump()` (now) or `kick()` (soon) after every call into it."""
 
-    def __init__(self, session: Session, address: Address) -> None:
+    def __init__(self, session: Session, address: Address, timeout: float) -> None:
         self.session = session
         self.address = address
+        self._timeout = timeout
         self.loop = asyncio.get_running_loop()
         self._protocol: _Protocol | None = None
         self._dialling: asyncio.Task[None] | None = None
@@ -184,6 +185,7 @@ class Connection:
             if isinstance(value, IdemqError):
                 self._explain(value)
                 waiter.set_exception(value)
+                waiter.exception()  # seen, if the one that waits is cancelled in this very turn
             else:
                 waiter.set_result(value)
 
@@ -206,7 +208,7 @@ class Connection:
         try:
             async with asyncio.timeout(DIAL_S_MAX):
                 await self.loop.create_connection(lambda: protocol, self.address.host, self.address.port)
-        except (OSError, TimeoutError) as error:
+        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError; a host name may not even be one
             reason = str(error) or f"no connection within {DIAL_S_MAX:.0f} s"
             self.session.disconnected(self.loop.time(), reason)
         except asyncio.CancelledError:
@@ -231,7 +233,7 @@ class Connection:
             waiter = self.future()
             pending.waiters.append(waiter)
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(self._timeout if timeout is None else timeout):
                     return await waiter
             except TimeoutError as late:
                 if isinstance(late, IdemqError):

@@ -211,31 +211,35 @@ class Subscription:
     async def __aiter__(self) -> AsyncIterator[Message]:
         while await self._available():
             partition = self._ready[0]
-            stored, start, stop = partition.pieces[0]
+            piece = partition.pieces[0]
+            stored, start, stop = piece
             for message in stored.messages(start, stop):
+                if self._stopped or not partition.pieces or partition.pieces[0] is not piece:
+                    break  # somebody sought elsewhere, or reads here, too
                 # Handed out before the yield: leaving the loop here and coming back goes on behind this message.
-                if not partition.pieces or partition.pieces[0][0] is not stored:
-                    break  # somebody sought elsewhere
                 start += 1
-                partition.pieces[0] = (stored, start, stop)
+                piece = partition.pieces[0] = (stored, start, stop)
                 partition.delivered = stored.offset + start
                 if start == stop:
                     self._finish_piece(partition)
                 yield message
-                if self._stopped:
-                    return
 
     def stop(self) -> None:
         """End the iterations that run, as soon as they come back for more."""
         self._stopped = True
         self._arrived.set()
 
-    async def close(self) -> None:
-        """Stop reading."""
+    def end(self) -> None:
+        """Begin to close: nothing more is read."""
         self._closed = True
         self.stop()
         if self._fetching is not None:
             self._fetching.cancel()
+
+    async def close(self) -> None:
+        """Stop reading."""
+        self.end()
+        if self._fetching is not None:
             await asyncio.wait([self._fetching])
             self._fetching = None
 
@@ -351,6 +355,8 @@ class Subscription:
             if not (part.code == Code.OFFSET_TRUNCATED and self._on_truncated == "earliest"):
                 raise self._refusal(partition, part)
             partition.position = part.earliest
+            if not partition.pieces:
+                partition.delivered = part.earliest
             return
         partition.end = max(partition.end, part.next)
         for offset, timestamp, data in part.batches:

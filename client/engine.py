@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from . import session as core
 from . import wire
 from .connection import Address, Connection
-from .errors import BrokerBusy, InvalidRequest, OutcomeUnknown, UnknownProducer, UnknownTopic
+from .errors import BrokerBusy, IdemqError, InvalidRequest, OutcomeUnknown, UnknownProducer, UnknownTopic
 from .records import Receipt, Record
 
 
@@ -114,6 +114,9 @@ class EngineProducer(Protocol):
     async def finish(self, tally: core.Tally, timeout: float) -> None:
         """Wait until all of a tally is decided."""
 
+    def abandon(self, tally: core.Tally) -> None:
+        """Nobody waits for it any more: its failures are told by flush or close."""
+
     async def transact(
         self, sends: Sequence[tuple[str, Record]], offsets: Sequence[wire.Offset], token: bytes | None, timeout: float
     ) -> list[Receipt]:
@@ -133,31 +136,58 @@ class Engine(Protocol):
     def incarnation(self) -> bytes:
         """The store's name."""
 
-    async def start(self, timeout: float) -> None: ...
-    async def close(self) -> None: ...
-    async def ping(self, timeout: float) -> int: ...
+    async def start(self, timeout: float) -> None:
+        """Connect."""
+
+    async def close(self) -> None:
+        """Give everything up."""
+
+    async def ping(self, timeout: float) -> int:
+        """The broker's wall clock, ms since 1970."""
+
     async def create_topic(
         self, name: str, partitions: int, settings: TopicSettings, exist_ok: bool, timeout: float
-    ) -> TopicInfo: ...
-    async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo: ...
-    async def delete_topic(self, name: str, timeout: float) -> None: ...
-    async def purge_topic(self, name: str, timeout: float) -> None: ...
-    async def topics(self, names: Sequence[str] | None, timeout: float) -> list[TopicInfo]: ...
-    async def producers(self, names: Sequence[str] | None, timeout: float) -> list[ProducerInfo]: ...
-    async def delete_producer(self, name: str, timeout: float) -> None: ...
-    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]: ...
-    async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int: ...
-    def producer(self, name: str | None, options: ProducerOptions) -> EngineProducer: ...
+    ) -> TopicInfo:
+        """Create a topic; with `exist_ok` one with the same settings may be there."""
+
+    async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
+        """Give a topic these settings and at least this many partitions."""
+
+    async def delete_topic(self, name: str, timeout: float) -> None:
+        """Delete a topic and everything in it."""
+
+    async def purge_topic(self, name: str, timeout: float) -> None:
+        """Remove everything that is stored now."""
+
+    async def topics(self, names: Sequence[str] | None, timeout: float) -> list[TopicInfo]:
+        """These topics, or all. Names that do not exist are left out."""
+
+    async def producers(self, names: Sequence[str] | None, timeout: float) -> list[ProducerInfo]:
+        """These producers, or all."""
+
+    async def delete_producer(self, name: str, timeout: float) -> None:
+        """Forget a producer's name, numbers and token."""
+
+    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
+        """Batches from (topic id, partition, offset) on; waits for the first for `wait` seconds, and for a connection
+        for as long as it takes."""
+
+    async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int:
+        """The first offset stored at or after this time."""
+
+    def producer(self, name: str | None, options: ProducerOptions) -> EngineProducer:
+        """A producer: named, anonymous (a random name) or without dedup."""
 
 
 class NativeEngine:
     """idemq's own broker."""
 
-    def __init__(self, address: Address, token: str, client: str) -> None:
+    def __init__(self, address: Address, token: str, client: str, timeout: float) -> None:
+        _checked(wire.Hello(wire.VERSION, client, token))
         rng = random.Random(secrets.randbits(64))
         config = core.SessionConfig(session=secrets.token_hex(16), client=client, token=token)
         self._session = core.Session(config, rng)
-        self._connection = Connection(self._session, address)
+        self._connection = Connection(self._session, address, timeout)
 
     @property
     def incarnation(self) -> bytes:
@@ -212,7 +242,7 @@ class NativeEngine:
         found: list[TopicInfo] = []
         after = ""
         while True:
-            request = wire.Metadata(None if names is None else list(names), after)
+            request = _checked(wire.Metadata(None if names is None else list(names), after))
             reply: wire.Topics = await self._connection.ask(request, timeout)
             found += [_topic_info(entry) for entry in reply.topics]
             if not reply.more:
@@ -224,7 +254,7 @@ class NativeEngine:
         found: list[ProducerInfo] = []
         after = ""
         while True:
-            request = wire.Producers(None if names is None else list(names), after)
+            request = _checked(wire.Producers(None if names is None else list(names), after))
             reply: wire.ProducersAre = await self._connection.ask(request, timeout)
             found += [ProducerInfo(*entry) for entry in reply.producers]
             if not reply.more:
@@ -310,11 +340,7 @@ class NativeProducer:
         now = connection.loop.time()
         seq = self._session.enqueue(now, self.state, topic, record, waiter, now + timeout)
         connection.kick()
-        try:
-            receipt: Receipt = await waiter
-        except asyncio.CancelledError:
-            self._session.detach(self.state, seq)
-            raise
+        receipt: Receipt = await self._answer(waiter, seq)
         return receipt
 
     def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: core.Tally) -> int:
@@ -328,17 +354,20 @@ class NativeProducer:
         waiter = self._connection.future()
         self._session.want_room(self.state, waiter)
         self._connection.kick()
+        taken = False
         try:
             async with asyncio.timeout(timeout):
                 await waiter
+            taken = True
         except TimeoutError as late:
             if isinstance(late, OutcomeUnknown):
                 raise
             text = f"{self.state.buffered_bytes} bytes wait to be answered, and nothing was in {timeout:g} s"
             raise BrokerBusy(text) from None
         finally:
-            if not waiter.done() or waiter.cancelled():
+            if not taken:  # also when room was offered in the turn in which this one gave up
                 self._session.leave_room(self.state, waiter)
+                self._connection.kick()
 
     async def finish(self, tally: core.Tally, timeout: float) -> None:
         """Wait until all of a tally is decided."""
@@ -346,6 +375,10 @@ class NativeProducer:
         self._session.finish(self._connection.loop.time(), self.state, tally, waiter, timeout)
         self._connection.pump()
         await waiter
+
+    def abandon(self, tally: core.Tally) -> None:
+        """Nobody waits for it any more: its failures are told by flush or close."""
+        self._session.abandon(self.state, tally)
 
     async def transact(
         self, sends: Sequence[tuple[str, Record]], offsets: Sequence[wire.Offset], token: bytes | None, timeout: float
@@ -357,6 +390,7 @@ class NativeProducer:
         for name, _ in sends:
             known = topics.get(name) or self._session.topic(loop.time(), name)
             if known is None:
+                core.check_topic(name)
                 looked = connection.future()
                 self._session.look_up(loop.time(), name, looked, deadline)
                 connection.pump()
@@ -366,11 +400,7 @@ class NativeProducer:
         resolved = [(topics[name], record) for name, record in sends]
         seq = self._session.transact(loop.time(), self.state, resolved, offsets, token, waiter, deadline)
         connection.pump()
-        try:
-            receipts: list[Receipt] = await waiter
-        except asyncio.CancelledError:
-            self._session.detach(self.state, seq)
-            raise
+        receipts: list[Receipt] = await self._answer(waiter, seq)
         return receipts
 
     async def flush(self, timeout: float) -> None:
@@ -378,7 +408,21 @@ class NativeProducer:
         waiter = self._connection.future()
         self._session.flush(self._connection.loop.time(), self.state, waiter, timeout)
         self._connection.pump()
-        await waiter
+        await self._answer(waiter, None)
+
+    async def _answer(self, waiter: asyncio.Future[Any], seq: int | None) -> Any:
+        """Wait. Cancelled: what was asked for goes on, and its failure waits for the next flush or close."""
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                if seq is None:
+                    self._session.leave_flush(self.state, waiter)
+                else:
+                    self._session.detach(self.state, seq, waiter)
+            elif isinstance(error := waiter.exception(), IdemqError):
+                self._session.unheard(self.state, error)  # cancelled in the turn in which the answer came
+            raise
 
     def end(self) -> list[Exception]:
         """Give it up; returns what was never reported."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
 
 from .engine import EngineProducer
-from .errors import ClientClosed, IdemqError, OutcomeUnknown, Unsupported
+from .errors import ClientClosed, IdemqError, InvalidRequest, OutcomeUnknown, Unsupported
 from .records import Headers, Receipt, Record, SendSummary, check_record
 from .session import Tally
 from .transaction import Transaction
 
+CHUNK_RECORDS_MIN = 64
+"""Records of the first chunk, and those whose size foretells that of the others."""
 CHUNK_RECORDS_MAX = 2048
 """Records taken from an iterable at a time."""
 GIVE_UP_S = 1.0
@@ -57,6 +59,11 @@ class Producer:
         """The token stored last."""
         return self._engine.state.token
 
+    @property
+    def ended(self) -> bool:
+        """Was it closed, fenced or forgotten, so that it takes no more messages?"""
+        return self._closed or self._engine.state.error is not None
+
     async def send(
         self,
         topic: str,
@@ -77,10 +84,8 @@ class Producer:
         """
         if message_id is not None:
             raise Unsupported("message ids are not offered yet")
-        if self._closed:
-            raise ClientClosed("the producer was closed")
         record = Record(value, key, headers, partition, seq)
-        return await self._engine.send(topic, record, self._timeout if timeout is None else timeout)
+        return await self._open_engine().send(topic, record, self._limit(timeout))
 
     async def send_many(
         self,
@@ -94,62 +99,39 @@ class Producer:
         Numbers at or below `last_seq` count as duplicates and are not sent. `timeout` is a progress deadline: it starts
         again with every batch that is answered. Raises the first failure; what was enqueued before it goes on.
         """
-        timeout = self._timeout if timeout is None else timeout
-        tally = Tally()
-        if isinstance(records, AsyncIterable):
-            async for record in records:
-                await self._enqueue(topic, [record], tally, timeout)
-        else:
-            iterator = iter(records)
-            size = 64
-            while chunk := list(islice(iterator, size)):
-                await self._enqueue(topic, chunk, tally, timeout)
-                # A chunk should fill a batch, whatever the size of a record is.
-                mean = 16 + sum(len(one if isinstance(one, bytes) else one.value) for one in chunk[:64]) / len(
-                    chunk[:64]
-                )
-                size = int(max(1, min(CHUNK_RECORDS_MAX, self._engine.state.batch_bytes // mean)))
-                await asyncio.sleep(0)  # answers are read, and others run, between two chunks
-        await self._engine.finish(tally, timeout)
-        if tally.error is not None:
-            raise tally.error
-        return SendSummary(tally.stored, tally.duplicates, self.last_seq)
-
-    async def _enqueue(self, topic: str, chunk: list[bytes | Record], tally: Tally, timeout: float) -> None:
-        if self._closed:
-            raise ClientClosed("the producer was closed")
-        for one in chunk:
-            if type(one) is not bytes and not isinstance(one, Record):
-                check_record(one, None, None)  # raises: it names what is wrong
-        taken = self._engine.enqueue(topic, chunk, tally)
-        while taken < len(chunk):
-            await self._engine.room(timeout)
-            chunk = chunk[taken:]
-            taken = self._engine.enqueue(topic, chunk, tally)
-        if tally.error is not None:
-            raise tally.error
+        many = Many(self, topic, timeout)
+        try:
+            if isinstance(records, AsyncIterable):
+                async for record in records:
+                    await many.enqueue([record])
+            else:
+                for chunk in many.chunks(records):
+                    await many.enqueue(chunk)
+                    await asyncio.sleep(0)  # answers are read, and others run, between two chunks
+            return await many.finish()
+        finally:
+            many.end()
 
     def transaction(self, batch: object = None, *, timeout: float | None = None) -> Transaction:
         """Store messages on any topics, and a token, whole or not at all: `async with p.transaction() as tx`."""
         if batch is not None:
             raise Unsupported("a transaction over a group's batch is not offered yet")
-        if self._closed:
-            raise ClientClosed("the producer was closed")
-        return Transaction(self._engine, self._timeout if timeout is None else timeout)
+        return Transaction(self._open_engine(), self._limit(timeout))
 
     async def flush(self, timeout: float | None = None) -> None:
         """Wait until everything enqueued so far is decided. Raises the first failure that nobody was told of."""
-        await self._engine.flush(self._timeout if timeout is None else timeout)
+        await self._engine.flush(self._limit(timeout))
 
     async def close(self, timeout: float | None = None) -> None:
         """Flush, then give the name up here (it stays with the broker). Raises what is not stored, or unknown."""
         if self._closed:
             return
+        limit = self._limit(timeout)
         self._closed = True
         error: IdemqError | None = None
         try:
             if self._engine.state.queue or self._engine.state.unreported:
-                await self._engine.flush(self._timeout if timeout is None else timeout)
+                await self._engine.flush(limit)
         except OutcomeUnknown as unknown:
             error = unknown
         finally:
@@ -175,3 +157,69 @@ class Producer:
         except IdemqError as left:
             assert error is not None
             error.add_note(f"and on leaving: {left}")
+
+    def _open_engine(self) -> EngineProducer:
+        """What takes messages now: a name is opened first, because its numbers go on from those that are stored."""
+        if self._closed:
+            raise ClientClosed("the producer was closed")
+        if self._named and not self._engine.state.opened:
+            raise InvalidRequest(f"open the name first: async with client.producer({self.name!r}) as p")
+        return self._engine
+
+    def _limit(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else check_timeout(timeout)
+
+
+class Many:
+    """One `send_many` under way, a chunk at a time; blocking code takes the same steps from its own thread."""
+
+    def __init__(self, producer: Producer, topic: str, timeout: float | None) -> None:
+        self._producer = producer
+        self._topic = topic
+        self._timeout = producer._limit(timeout)
+        self._tally = Tally()
+
+    def chunks(self, records: Iterable[bytes | Record]) -> Iterator[list[bytes | Record]]:
+        """Cut the records so that a chunk about fills a batch, whatever the size of a record is."""
+        iterator = iter(records)
+        size = CHUNK_RECORDS_MIN
+        while chunk := list(islice(iterator, size)):
+            yield chunk
+            sample = [one if isinstance(one, bytes) else one.value for one in chunk[:CHUNK_RECORDS_MIN]]
+            mean = 16 + sum(map(len, sample)) / len(sample)
+            size = int(max(1, min(CHUNK_RECORDS_MAX, self._producer._engine.state.batch_bytes // mean)))
+
+    async def enqueue(self, chunk: list[bytes | Record]) -> None:
+        """Put a chunk in line, when there is room. Raises the first failure of any chunk."""
+        engine = self._producer._open_engine()
+        for one in chunk:
+            if type(one) is not bytes and not isinstance(one, Record):
+                check_record(one, None, None)  # raises: it names what is wrong
+        taken = engine.enqueue(self._topic, chunk, self._tally)
+        while taken < len(chunk):
+            await engine.room(self._timeout)
+            chunk = chunk[taken:]
+            taken = engine.enqueue(self._topic, chunk, self._tally)
+        self._raise()
+
+    async def finish(self) -> SendSummary:
+        """Wait until everything is decided."""
+        await self._producer._engine.finish(self._tally, self._timeout)
+        self._raise()
+        return SendSummary(self._tally.stored, self._tally.duplicates, self._producer.last_seq)
+
+    def end(self) -> None:
+        """Nobody waits any more: what fails from now on is told by flush or close."""
+        self._producer._engine.abandon(self._tally)
+
+    def _raise(self) -> None:
+        error, self._tally.error = self._tally.error, None
+        if error is not None:
+            raise error
+
+
+def check_timeout(value: float) -> float:
+    """A timeout in seconds. Raises InvalidRequest for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
+        raise InvalidRequest(f"timeout is a number of seconds above 0, not {value!r}")
+    return float(value)

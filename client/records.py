@@ -74,7 +74,10 @@ def check_record(value: Any, key: Any, headers: Any) -> int:
         for name, item in headers.items():
             if type(name) is not str or type(item) is not bytes:
                 raise InvalidRequest("headers map text to bytes")
-            size += len(name.encode()) + len(item) + 10
+            try:
+                size += len(name.encode()) + len(item) + 10
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"a header's name is no text: {error}") from None
     if size > wire.MESSAGE_BYTES_MAX:
         raise MessageTooLarge(f"a message of {size} bytes; at most {wire.MESSAGE_BYTES_MAX} are allowed")
     return size

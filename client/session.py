@@ -187,6 +187,7 @@ class _Unresolved(NamedTuple):
     seq: int
     waiter: Waiter = None
     deadline: float = inf
+    tally: Tally | None = None
 
 
 class _Commit:
@@ -288,10 +289,12 @@ class _Progress:
 class Tally(_Progress):
     """What becomes of the records of one `send_many`, and who waits for the last of them."""
 
-    __slots__ = ("duplicates", "error", "pending", "stored")
+    __slots__ = ("abandoned", "duplicates", "error", "pending", "stored")
 
     def __init__(self) -> None:
         super().__init__()
+        self.abandoned = False
+        """Nobody waits any more: what fails is told by flush or close."""
         self.stored = 0
         self.duplicates = 0
         self.error: IdemqError | None = None
@@ -443,6 +446,7 @@ class Session:
         self._frames.clear()
         for call in self._calls:
             call.ticket = 0
+            call.retry_at = 0.0
         self._outstanding.clear()
         for producer in self.producers:
             producer.sent = 0
@@ -665,8 +669,7 @@ class Session:
         self._dial_failures = 0
         self._wake(now + self.config.idle_s)
         for call in list(self._calls):
-            if call.retry_at <= now:
-                self._send_call(now, call)
+            self._send_call(now, call)
         for producer in self.producers:
             self._dirty[producer] = None
 
@@ -803,20 +806,36 @@ class Session:
         producer.tallies.append(tally)
         self._wake(tally.deadline)
 
-    def detach(self, producer: Producer, seq: int) -> None:
-        """Whoever waited for this record was cancelled: the record stays, its failure is told by flush or close."""
+    def abandon(self, producer: Producer, tally: Tally) -> None:
+        """Nobody waits for this tally any more: what failed or fails of it is told by flush or close."""
+        tally.abandoned, tally.waiter = True, None
+        if tally in producer.tallies:
+            producer.tallies.remove(tally)
+        if tally.error is not None:
+            producer.unreported.append(tally.error)
+
+    def detach(self, producer: Producer, seq: int, gone: Waiter) -> None:
+        """One that waited for this record was cancelled: the record stays, its failure is told by flush or close."""
         for commit in producer.queue:
             if seq <= commit.last_seq:
-                if commit.transaction:
-                    commit.waiter = Pending()
+                commit.waiter = _without(commit.waiter, gone)
                 for part in commit.parts.values():
                     numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
                     if part.waiters is not None and seq in numbers:
-                        part.waiters[numbers.index(seq)] = Pending()
+                        index = numbers.index(seq)
+                        part.waiters[index] = _without(part.waiters[index], gone)
                 for index, one in enumerate(commit.unresolved):
                     if one.seq == seq:
-                        commit.unresolved[index] = one._replace(waiter=Pending())
+                        commit.unresolved[index] = one._replace(waiter=_without(one.waiter, gone))
                 return
+
+    def leave_flush(self, producer: Producer, gone: Waiter) -> None:
+        """One that waited in `flush` was cancelled: the next one is told."""
+        producer.barriers = [barrier for barrier in producer.barriers if barrier.waiter is not gone]
+
+    def unheard(self, producer: Producer, error: IdemqError) -> None:
+        """Whoever should have heard of this failure was cancelled in the same moment: flush or close tells it."""
+        producer.unreported.append(error)
 
     def want_room(self, producer: Producer, waiter: Waiter) -> None:
         """The waiter is answered (None) when records may be enqueued again; first come, first served."""
@@ -858,13 +877,17 @@ class Session:
             self._join(producer, topic, record, waiter, deadline, tally)
             assert record.seq is not None
             return record.seq
+        known = self.topic(now, topic)
+        if known is None:
+            check_topic(topic)
         commit = self._tail(now, producer, topic, size)
         if deadline < commit.deadline:
             commit.deadline = deadline
             self._wake(deadline)
-        known = self.topic(now, topic)
         if known is None or commit.unresolved:
-            commit.unresolved.append(_Unresolved(record, seq, waiter, deadline))
+            if record.headers is not None:
+                record = record._replace(headers=dict(record.headers))
+            commit.unresolved.append(_Unresolved(record, seq, waiter, deadline, tally))
             self.look_up(now, topic, None, inf)
         else:
             try:
@@ -915,12 +938,16 @@ class Session:
         self._check_alive(producer)
         self._next_seq(producer, None)
         size = sum(map(len, values)) + 16 * len(values)
-        commit = self._tail(now, producer, topic, size)
         known = self.topic(now, topic)
+        if known is None:
+            check_topic(topic)
+        commit = self._tail(now, producer, topic, size)
         first = producer.highest + 1
         last = producer.highest + len(values)
         if known is None or commit.unresolved:
-            commit.unresolved += [_Unresolved(Record(value), first + index) for index, value in enumerate(values)]
+            commit.unresolved += [
+                _Unresolved(Record(value), first + index, tally=tally) for index, value in enumerate(values)
+            ]
             self.look_up(now, topic, None, inf)
         else:
             part = self._part(commit, known, self._partition(producer, commit, known, _PLAIN), first)
@@ -958,8 +985,7 @@ class Session:
         size = len(token or b"")
         for topic, record in sends:
             size += records.check_record(record.value, record.key, record.headers) + 16
-            if record.partition is not None and not 0 <= record.partition < topic.partitions:
-                raise InvalidRequest(f"topic {topic.name!r} has partitions 0 .. {topic.partitions - 1}")
+            _check_partition(topic, record)
         if size > wire.COMMIT_BYTES_MAX - (64 << 10):
             raise TransactionTooLarge(f"a transaction of {size} bytes; at most {wire.COMMIT_BYTES_MAX} are allowed")
         if not sends and producer.given:
@@ -1003,6 +1029,8 @@ class Session:
         self._wake(deadline)
         producer.buffered_bytes += size
         producer.queue.append(commit)
+        if not producer.opened and producer.opening is None:
+            self._open(now, producer, None, inf, 0)
         self._dirty[producer] = None
         return commit.last_seq
 
@@ -1056,7 +1084,10 @@ class Session:
                         return
                 for position, one in enumerate(commit.unresolved):
                     if one.seq == seq:
-                        commit.unresolved[position] = one._replace(waiter=_Joined(one.waiter, waiter))
+                        both, deadline = _Joined(one.waiter, waiter), min(one.deadline, deadline)
+                        commit.unresolved[position] = one._replace(waiter=both, deadline=deadline)
+                        commit.deadline = min(commit.deadline, deadline)
+                        self._wake(deadline)
                         return
                 break
         self._complete(waiter, Receipt(topic, record.partition or 0, None, seq, None, True))
@@ -1085,9 +1116,8 @@ class Session:
             producer.queue[-1].open = False
 
     def _partition(self, producer: Producer, commit: _Commit, topic: Topic, record: Record) -> int:
+        _check_partition(topic, record)
         if record.partition is not None:
-            if not 0 <= record.partition < topic.partitions:
-                raise InvalidRequest(f"topic {topic.name!r} has partitions 0 .. {topic.partitions - 1}")
             return record.partition
         if record.key is not None:
             return int(crc32(record.key) % topic.partitions)
@@ -1107,13 +1137,23 @@ class Session:
 
     def _resolve(self, producer: Producer, commit: _Commit, topic: Topic) -> None:
         """The topic is known now: give the commit's records their partitions."""
+        if producer.given:
+            try:
+                for one in commit.unresolved:
+                    _check_partition(topic, one.record)
+            except InvalidRequest as error:  # its number means a position, which may not be skipped (C4)
+                self._fail_definitely(self._heard_at, producer, commit, error)
+                return
         unresolved, commit.unresolved = commit.unresolved, []
-        for record, seq, waiter, deadline in unresolved:
+        for record, seq, waiter, deadline, tally in unresolved:
             try:
                 index = self._partition(producer, commit, topic, record)
             except InvalidRequest as error:  # its number stays a gap, which is free (C1)
                 commit.records -= 1
-                if waiter is None:
+                if tally is not None and not tally.abandoned:
+                    commit.tallies[tally] -= 1
+                    tally.error = tally.error or error
+                elif not _is_waited(waiter):
                     producer.unreported.append(error)
                 self._tell(waiter, error)
                 continue
@@ -1315,16 +1355,17 @@ class Session:
         """Tell whoever waits for a commit that it failed; what nobody waits for is kept for flush and close."""
         told = 0
         if commit.transaction:
-            told += commit.records if commit.waiter is not None and type(commit.waiter) is not Pending else 0
+            told += max(commit.records, 1) if _is_waited(commit.waiter) else 0
             self._tell(commit.waiter, error)
         waiters = [waiter for part in commit.parts.values() for waiter in part.waiters or ()]
         for waiter in [*waiters, *[one.waiter for one in commit.unresolved]]:
             if waiter is not None:
+                told += _is_waited(waiter)
                 self._tell(waiter, error)
-                told += type(waiter) is not Pending
         for tally, count in commit.tallies.items():
-            tally.error = tally.error or error
-            told += count
+            if not tally.abandoned:
+                tally.error = tally.error or error
+                told += count
         if told < max(commit.records, commit.transaction):
             producer.unreported.append(error)
         self._pop(producer, commit)
@@ -1388,6 +1429,8 @@ class Session:
             return waiter
         if type(waiter) is _Prefixed:
             return waiter._replace(waiter=self._detach(waiter.waiter, seq))
+        if type(waiter) is _Joined:
+            return _Joined(self._detach(waiter.first, seq), self._detach(waiter.second, seq))
         pending = Pending()
         error = self._unknown("the answer did not come in time", seq)
         error.pending = pending
@@ -1417,6 +1460,40 @@ class _Prefixed(NamedTuple):
 
     duplicates: list[Receipt]
     waiter: Waiter
+
+
+def _without(held: Waiter, gone: Waiter) -> Waiter:
+    """`held`, with a Pending in the place of one that waits no more."""
+    if held is gone:
+        return Pending()
+    if type(held) is _Joined:
+        return _Joined(_without(held.first, gone), _without(held.second, gone))
+    if type(held) is _Prefixed:
+        return held._replace(waiter=_without(held.waiter, gone))
+    return held
+
+
+def _is_waited(waiter: Waiter) -> bool:
+    """Will somebody hear what this waiter is told?"""
+    if type(waiter) is _Joined:
+        return _is_waited(waiter.first) or _is_waited(waiter.second)
+    if type(waiter) is _Prefixed:
+        return _is_waited(waiter.waiter)
+    return waiter is not None and type(waiter) is not Pending
+
+
+def check_topic(name: str) -> None:
+    """Whatever is sent must be encodable; whether the topic exists is the broker's answer."""
+    try:
+        wire.check(wire.Metadata([name]))
+    except ValueError as error:
+        raise InvalidRequest(f"{name!r} is no topic's name: {error}") from None
+
+
+def _check_partition(topic: Topic, record: Record) -> None:
+    index = record.partition
+    if index is not None and not (type(index) is int and 0 <= index < topic.partitions):
+        raise InvalidRequest(f"topic {topic.name!r} has partitions 0 .. {topic.partitions - 1}, not {index!r}")
 
 
 _PLAIN = Record(b"")

@@ -49,7 +49,8 @@ class Transaction:
         self._bytes += check_record(value, key, headers) + 16
         if self._bytes > COMMIT_BYTES_MAX:
             raise TransactionTooLarge(f"a transaction holds at most {COMMIT_BYTES_MAX} bytes")
-        self._sends.append((topic, Record(value, key, headers, partition, seq)))
+        # A copy: the caller may fill the same mapping again for the next message.
+        self._sends.append((topic, Record(value, key, None if headers is None else dict(headers), partition, seq)))
 
     def set_token(self, token: bytes) -> None:
         """Store a position of yours with the transaction; it comes back as `producer.token` when the name is opened."""
