@@ -1,0 +1,264 @@
+"""`idemq demo`: the promise, shown. A broker and a worker are killed, replies get lost, old requests arrive late.
+
+It judges by what lies in the log at the end, read back after a last kill, and fails when nothing went wrong on the way:
+a demonstration in which no retry had to be absorbed would have demonstrated nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+from ..client import connect
+from ..testing import BrokerProcess, Faults, Link
+from .arguments import Command, Parser
+from .errors import FAILURE, OK, CommandError
+from .loader import CHUNK, TOPIC, Said, value, write_position
+from .output import Progress, emit, record, say
+
+MESSAGES = 20_000
+PARTITIONS = 3
+KILLS = 4
+"""Of the broker while it loads, and of the loader."""
+KILL_DELAY_S_MAX = 0.02
+"""A kill follows the loader's word within this time, so that it falls into the next chunk at any place."""
+SECONDS_MAX = 120.0
+"""Something hangs. It takes about 10 s."""
+FAULTS = Faults(
+    cut_replies_per_kb=0.5,
+    cut_requests_per_kb=0.01,
+    lose_replies_per_kb=0.7,
+    hold_requests_per_kb=0.02,
+)
+"""Mean distances of 1.5 to 2 KiB of replies (40 bytes each) and 50 to 100 KiB of requests."""
+
+
+@dataclass
+class Result:
+    """What went in, what was found, and what had been done to it on the way."""
+
+    seed: int
+    dedup: bool
+    messages_in: int = 0
+    """Acknowledged to the loader, which ended when these were all."""
+    messages_out: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    unexpected: int = 0
+    """Found, and never sent."""
+    retries_absorbed: int = 0
+    """Messages that were sent again and answered by the broker as stored before."""
+    resumed: int = 0
+    """Messages that a killed loader had stored without hearing of it, and that its successor did not send again."""
+    broker_kills: int = 0
+    loader_kills: int = 0
+    cuts: int = 0
+    replies_lost: int = 0
+    late_deliveries: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tried(self) -> bool:
+        """Were there faults enough for the result to mean anything?"""
+        return min(self.broker_kills, self.loader_kills, self.cuts, self.replies_lost) > 0
+
+    @property
+    def shown(self) -> bool:
+        """With dedup: each message once, although retries came. Without: duplicates, and nothing lost."""
+        whole = self.tried and not self.lost and not self.unexpected
+        if self.dedup:
+            return whole and not self.duplicated and self.retries_absorbed > 0
+        return whole and self.duplicated > 0
+
+
+class _Demo:
+    """One run: what is planned, how far the loader came, what was counted."""
+
+    def __init__(self, seed: int, dedup: bool, directory: Path, progress: Progress) -> None:
+        self.result = Result(seed, dedup)
+        self._random = Random(seed)
+        self._directory = directory
+        self._progress = progress
+        self._position = None if dedup else directory / "position"
+        self._done = 0
+        """Where the loader said it stands."""
+        kills = ["broker"] * KILLS + ["loader"] * KILLS
+        self._random.shuffle(kills)
+        places = sorted(self._random.sample(range(CHUNK, int(MESSAGES * 0.9)), len(kills)))
+        self._plan = list(zip(places, kills, strict=True))
+
+    async def run(self) -> None:
+        result = self.result
+        # The data lives for seconds, and is to survive kills and no power cut: any file system will do.
+        async with (
+            BrokerProcess(self._directory / "data", "--force-filesystem") as broker,
+            Link(broker.host, broker.port, seed=result.seed, faults=FAULTS) as link,
+        ):
+            async with connect(broker.url) as mq:
+                await mq.create_topic(TOPIC, PARTITIONS)
+            if self._position is not None:
+                write_position(self._position, 0)
+            while not await self._load(broker, link):
+                result.loader_kills += 1
+            await link.heal()  # what is still held reaches the broker now, long after its successors
+            await self._kill_broker(broker)
+            counts = link.counts
+            result.cuts, result.replies_lost = counts.cuts, counts.replies_lost
+            result.late_deliveries = counts.late_deliveries
+            await self._read_back(broker)
+
+    async def _load(self, broker: BrokerProcess, link: Link) -> bool:
+        """One life of the loader. True: it came to its end; False: it was killed."""
+        known = self._done
+        said = Said(0, 0, 0)
+        first = True
+        async with self._loader(link.url) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            killed = False
+            try:
+                while line := await process.stdout.readline():
+                    said = Said(**json.loads(line))
+                    self._done = said.done
+                    if first and self.result.dedup:
+                        self.result.resumed += said.done - known
+                    first = False
+                    self._show(link)
+                    while self._plan and self._plan[0][0] <= said.done < MESSAGES and not killed:
+                        _, victim = self._plan.pop(0)
+                        await asyncio.sleep(self._random.uniform(0, KILL_DELAY_S_MAX))
+                        if victim == "broker":
+                            await self._kill_broker(broker)
+                        elif process.returncode is None:
+                            process.send_signal(signal.SIGKILL)
+                            killed = True
+                            self._tell("the loader was killed, and another one goes on")
+            finally:
+                self.result.retries_absorbed += said.duplicates
+            errors = (await process.stderr.read()).decode(errors="replace").strip()
+            code = await process.wait()
+        if killed and code == -signal.SIGKILL:
+            return False
+        if code:
+            raise CommandError(f"The loader ended with code {code}: {errors.splitlines()[-1] if errors else ''}")
+        self.result.messages_in = said.done
+        return True
+
+    @asynccontextmanager
+    async def _loader(self, url: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        position = [] if self._position is None else [str(self._position)]
+        command = [sys.executable, "-m", "idemq.client.cli.loader", url, str(MESSAGES), *position]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):  # it ended by itself
+                    process.kill()
+                await process.wait()
+
+    async def _kill_broker(self, broker: BrokerProcess) -> None:
+        code = await broker.kill()
+        if code != -signal.SIGKILL:
+            raise CommandError(f"The broker ended by itself, with code {code}: {broker.stderr or '(it said nothing)'}")
+        self.result.broker_kills += 1
+        self._tell("the broker was killed (SIGKILL) and is started again")
+        await broker.restart()
+
+    async def _read_back(self, broker: BrokerProcess) -> None:
+        found: Counter[bytes] = Counter()
+        async with connect(broker.url) as mq, mq.subscribe(TOPIC) as sub:
+            while any(sub.lag().values()):
+                async for batch in sub.batches(max_messages=1000):
+                    found.update(message.value for message in batch)
+                    if not any(sub.lag().values()):
+                        break
+        sent = {value(index) for index in range(self.result.messages_in)}
+        self.result.messages_out = found.total()
+        self.result.lost = len(sent - found.keys())
+        self.result.unexpected = len(found.keys() - sent)
+        self.result.duplicated = found.total() - len(found)
+
+    def _show(self, link: Link) -> None:
+        counts = link.counts
+        faults = f"{counts.cuts} cuts, {counts.replies_lost} replies lost, {counts.late_deliveries} late deliveries"
+        self._progress.update(self._done, extra=faults)
+
+    def _tell(self, what: str) -> None:
+        self._progress.clear()
+        say(f"{self._done:>6,} of {MESSAGES:,} messages acknowledged: {what}")
+
+
+def _demo(args: Namespace) -> int:
+    seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
+    dedup = not args.without_dedup
+    say(f"A broker, a worker that loads {MESSAGES:,} messages, and a network between them that cuts, loses replies")
+    say(f"and delivers late. Both processes are killed on the way. Seed {seed}.")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="idemq-demo-") as directory, Progress("messages", MESSAGES) as progress:
+        demo = _Demo(seed, dedup, Path(directory), progress)
+        try:
+            asyncio.run(asyncio.wait_for(demo.run(), SECONDS_MAX))
+        except TimeoutError:
+            raise CommandError(f"This did not end within {SECONDS_MAX:.0f} s. Again: --seed {seed}.") from None
+    result = demo.result
+    result.seconds = round(time.monotonic() - began, 1)
+    if args.json:
+        emit(_fields(result) | {"ok": result.shown})
+    else:
+        record(args, _fields(result), {"seed": str})
+        _conclude(result)
+    return OK if result.shown else FAILURE
+
+
+def _fields(result: Result) -> dict[str, int | float | bool]:
+    fields = asdict(result)
+    given = {name: fields.pop(name) for name in ("seed", "dedup")}
+    return given | {"in": fields.pop("messages_in"), "out": fields.pop("messages_out")} | fields
+
+
+def _conclude(result: Result) -> None:
+    """What was promised, what was seen, and what follows."""
+    if not result.tried:
+        say(f"FAILED: too little went wrong for this to show anything. Again: --seed {result.seed}.")
+    elif result.lost or result.unexpected or (result.dedup and not result.shown):
+        say(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
+    elif result.dedup:
+        say("Promised: what is sent again is stored once, whatever is killed and whatever the network does.")
+        say(
+            f"Shown: {result.messages_in:,} messages sent, each found exactly once in the log, although "
+            f"{result.retries_absorbed:,} of them were sent again and the broker answered: stored before."
+        )
+        say("Not shown: the loss of the disk. The same without dedup: idemq demo --without-dedup")
+    elif result.shown:
+        say(
+            f"Shown: without dedup, retries stored {result.duplicated:,} messages a second time. "
+            "Nothing was lost: that is at least once, which is what retrying clients give you."
+        )
+        say("The same faults with dedup: idemq demo --seed " + str(result.seed))
+    else:
+        say(f"FAILED: no duplicate was made, so nothing was shown. Try another seed than {result.seed}.")
+
+
+def _arguments(parser: Parser) -> None:
+    about = "the same faults, and a worker that retries as everyone else's does: duplicates"
+    parser.add_argument("--without-dedup", action="store_true", help=about)
+    parser.add_argument("--seed", type=int, metavar="N", help="where the faults and kills fall (default: random)")
+
+
+COMMANDS = (
+    Command("demo", "the promise, shown: kills, cuts, lost replies, and what the log holds", _arguments, _demo),
+)

@@ -1,0 +1,60 @@
+"""`idemq producer`: the names the broker keeps, and their last numbers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from ..client import Client
+from ..engine import ProducerInfo
+from . import reach
+from .arguments import Command, Parser, add_yes, confirm, text
+from .errors import OK
+from .output import moment, number, record, table, text_or_base64
+
+_SHOWN = {"id": number, "epoch": number, "last_seq": number, "last_seen": moment}
+
+
+def _ls(args: Namespace) -> int:
+    columns = ("name", "id", "epoch", "last_seq", "holder", "last_seen")
+    found = reach.run(args, Client.producers)
+    table(args, columns, [[getattr(one, column) for column in columns] for one in found], _SHOWN)
+    return OK
+
+
+def _fields(one: ProducerInfo) -> dict[str, Any]:
+    fields = one._asdict()
+    return fields | text_or_base64("token", fields.pop("token"))
+
+
+def _describe(args: Namespace) -> int:
+    record(args, _fields(reach.run(args, lambda mq: mq.describe_producer(args.name))), _SHOWN)
+    return OK
+
+
+def _rm(args: Namespace) -> int:
+    if not args.yes:
+        one = reach.run(args, lambda mq: mq.describe_producer(args.name))
+        confirm(
+            args,
+            f"This forgets producer {one.name} and its last number {one.last_seq}: "
+            "what it sent before is stored a second time if it is sent again.",
+        )
+    reach.run(args, lambda mq: mq.delete_producer(args.name))
+    return OK
+
+
+def _name(parser: Parser) -> None:
+    parser.add_argument("name", metavar="PRODUCER", type=text)
+
+
+def _rm_arguments(parser: Parser) -> None:
+    _name(parser)
+    add_yes(parser)
+
+
+COMMANDS = (
+    Command("producer ls", "list producer names; those that begin with ~ are anonymous", lambda parser: None, _ls),
+    Command("producer describe", "show a producer: last number, token, who holds it", _name, _describe),
+    Command("producer rm", "forget a producer and its numbers", _rm_arguments, _rm),
+)

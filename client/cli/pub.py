@@ -1,0 +1,151 @@
+"""`idemq pub`: a value, or a line a message from stdin. With --producer the line number is the sequence.
+
+So killing it and running it again with the same input is exact: the broker knows the last line it stored, what is at or
+below it is skipped, and what was stored without our hearing of it is found again by its number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import stat
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator
+
+from ..client import Client
+from ..errors import IdemqError, MessageTooLarge, OutcomeUnknown
+from ..records import Record
+from ..wire import MESSAGE_BYTES_MAX
+from . import reach
+from .arguments import Command, Parser, text
+from .errors import OK, RETRY_LATER, USAGE, CommandError
+from .output import Progress, moment, number, record, say
+
+READ_BYTES = 1 << 20
+"""What is read, sent and waited for at a time; a killed run loses no more than the reading of it."""
+
+
+def _pub(args: Namespace) -> int:
+    if args.id is not None:
+        raise CommandError("--id is not offered yet: --producer makes a repeated run exact.", USAGE)
+    key = None if args.key is None else os.fsencode(args.key)
+    value = None if args.value in (None, "-") else os.fsencode(args.value)
+    if value is not None and args.producer is None:
+        receipt = reach.run(args, lambda mq: mq.send(args.topic, value, key=key))
+        record(args, receipt._asdict(), {"timestamp": moment, "offset": number, "seq": number})
+    else:
+        reach.run(args, lambda mq: _lines(args, mq, key, value))
+    return OK
+
+
+async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | None) -> None:
+    total = _size(sys.stdin.fileno()) if value is None else None
+    if total is None and value is None and sys.stdin.isatty():
+        say("Every line is a message; Ctrl-D ends.")
+    stored = skipped = lines = read_bytes = 0
+    async with mq.producer(args.producer) as producer:
+        with Progress("lines", total) as progress:
+            try:
+                async for chunk in _read_lines(sys.stdin.fileno()) if value is None else _once(value):
+                    numbers = range(lines, lines + len(chunk))
+                    records = [
+                        Record(line, key, seq=None if args.producer is None else seq)
+                        for line, seq in zip(chunk, numbers, strict=True)
+                    ]
+                    summary = await producer.send_many(args.topic, records)
+                    stored += summary.stored
+                    skipped += summary.duplicates
+                    lines += len(chunk)
+                    read_bytes += sum(map(len, chunk)) + len(chunk)
+                    progress.update(lines, read_bytes)
+            except IdemqError as error:
+                progress.clear()
+                say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
+                if isinstance(error, OutcomeUnknown) and args.producer is not None:
+                    raise CommandError(
+                        f"{error.text}. Run the same command again: what is stored will be skipped. ({error.code})",
+                        RETRY_LATER,
+                    ) from error
+                raise
+        last_seq = producer.last_seq
+    fields = {"stored": stored, "duplicates": skipped}
+    record(args, fields | ({} if args.producer is None else {"last_seq": last_seq}), {"last_seq": number})
+
+
+def _size(descriptor: int) -> int | None:
+    """How much a regular file holds from here on; None of anything else."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return max(0, status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR))
+
+
+async def _once(value: bytes) -> AsyncIterator[list[bytes]]:
+    yield [value]
+
+
+async def _read_lines(descriptor: int) -> AsyncIterator[list[bytes]]:
+    """Lines without their line ends, as many as can be had at once, waiting without holding up the loop."""
+    rest = b""
+    number = 0
+    while data := await _read(descriptor):
+        *lines, rest = (rest + data).split(b"\n")
+        number += len(lines)
+        if len(rest) > MESSAGE_BYTES_MAX:
+            raise MessageTooLarge(f"line {number + 1} is longer than {MESSAGE_BYTES_MAX} bytes")
+        if lines:
+            yield lines
+    if rest:
+        say("The last line has no line end: it is sent as it is.")
+        yield [rest]
+
+
+async def _read(descriptor: int) -> bytes:
+    """What can be read now, at most READ_BYTES; waits for the first byte. Empty: the end.
+
+    Files are always ready, and the loop cannot wait for them; everything else is asked first, so that Ctrl-C works.
+    """
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.read(descriptor, READ_BYTES)
+    pieces: list[bytes] = []
+    left = READ_BYTES
+    while left:
+        ready, _, _ = select.select([descriptor], [], [], 0)
+        if not ready:
+            if pieces:
+                break
+            await _readable(descriptor)
+        piece = os.read(descriptor, left)
+        if not piece:
+            break
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("topic", metavar="TOPIC", type=text)
+    parser.add_argument("value", metavar="VALUE", nargs="?", help="the message; without it, or as -, lines from stdin")
+    parser.add_argument("-k", "--key", metavar="KEY", help="messages with the same key share a partition")
+    parser.add_argument("--id", help="not offered yet")
+    parser.add_argument(
+        "--producer",
+        metavar="NAME",
+        type=text,
+        help="number the lines (from 0) under this name: running it again with the same input stores only what is new",
+    )
+
+
+COMMANDS = (Command("pub", "send a message, or a line a message from stdin", _arguments, _pub),)

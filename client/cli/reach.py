@@ -1,0 +1,83 @@
+"""From a command's options to a connected client: which broker, which token, how long to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeVar
+
+from ..client import DEFAULT_URL, Client, connect
+from ..connection import Address
+from ..errors import AuthError, ConnectionLost
+from .errors import AUTH, UNREACHABLE, CommandError
+from .output import say
+
+TIMEOUT_S = 10.0
+PATIENCE_S = 1.0
+"""After this time without a broker a person is told what is waited for."""
+ADMIN_TOKEN_FILE = "admin.token"
+"""In a broker's data directory: made by its first start beyond loopback."""
+
+T = TypeVar("T")
+
+
+def run(args: Namespace, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Do something with a connected client. Raises IdemqError, or CommandError naming the broker it did not reach."""
+    url = args.url or os.environ.get("IDEMQ_URL") or DEFAULT_URL
+    address = Address(url)
+    shown = f"{f'[{address.host}]' if ':' in address.host else address.host}:{address.port}"
+    token, unreadable = _token(args, address)
+    timeout = args.timeout or TIMEOUT_S
+
+    async def connected() -> T:
+        patience = asyncio.get_running_loop().call_later(PATIENCE_S, _tell, shown, timeout)
+        try:
+            client = await connect(url, token=token, timeout=timeout)
+        except ConnectionLost as error:
+            reason = error.text.partition("(")[2].removesuffix(")") or error.text
+            raise CommandError(
+                f"No broker answers at {shown} ({reason}): start one with `idemq serve`, or name it with --url.",
+                UNREACHABLE,
+            ) from error
+        except AuthError as error:
+            raise CommandError(f"{error.text}. {unreadable or error.remedy} ({error.code})", AUTH) from error
+        finally:
+            patience.cancel()
+        async with client:
+            return await work(client)
+
+    return asyncio.run(connected())
+
+
+def _tell(shown: str, timeout: float) -> None:
+    if sys.stderr.isatty():
+        say(f"Waiting for a broker at {shown}, {timeout:g} s at most.")
+
+
+def _token(args: Namespace, address: Address) -> tuple[str | None, str]:
+    """(the token, why the one of this machine could not be read). None: the client finds it, or there is none.
+
+    The admin token of a data directory on this machine goes to a broker on this machine only.
+    """
+    if args.token:
+        return args.token, ""
+    if address.token or os.environ.get("IDEMQ_TOKEN") or os.environ.get("IDEMQ_TOKEN_FILE"):
+        return None, ""
+    if address.host != "localhost":
+        try:
+            if not ip_address(address.host).is_loopback:
+                return None, ""
+        except ValueError:  # a name, which may be anybody's
+            return None, ""
+    path = Path(os.environ.get("IDEMQ_DATA_DIR") or "idemq-data") / ADMIN_TOKEN_FILE
+    try:
+        return path.read_text(encoding="utf-8").strip() or None, ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, UnicodeDecodeError) as error:
+        return None, f"The token in {path} cannot be read ({error}): run this as the broker's user, or pass a token."
