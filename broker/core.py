@@ -345,6 +345,12 @@ class Core:
         for key in dict.fromkeys((stored.topic_id, stored.partition) for stored in group.appends):
             outputs += self._wake(key)
         for topic_id, row in group.topics.items():
+            if row is not None:
+                # Only now: a reader may be told that something is gone when it cannot come back (rule 9).
+                for index, floor in enumerate(row.floors):
+                    partition = self._partitions.get((topic_id, index)) if floor else None
+                    if partition is not None:
+                        partition.earliest = max(partition.earliest, floor)
             if row is None or row.deleted:
                 for key in [key for key in self._waiters if key[0] == topic_id]:
                     outputs += self._wake(key)
@@ -681,12 +687,13 @@ class Core:
             if before > partition.durable_next:
                 return Failed(Code.BAD_REQUEST, f"nothing is stored up to {before} yet")
         floors = tuple(
-            [max(partition.earliest, before) for partition, before in zip(partitions, request.before, strict=True)]
+            [
+                max(floor, partition.earliest, before)
+                for floor, partition, before in zip(row.floors, partitions, request.before, strict=True)
+            ]
         )
         if floors != row.floors:
             self._write_topic(row._replace(floors=floors))
-            for partition, floor in zip(partitions, floors, strict=True):
-                partition.earliest = floor
             self._trim_at_ms = 0
         return wire.Done()
 
@@ -850,7 +857,6 @@ class Core:
         below = marks[count - 1].end
         partition.first_position = marks[count - 1].end_position
         self._building.trims.append(Trim(row.topic_id, index, below))
-        partition.earliest = max(partition.earliest, below)
         latest = self._topics[row.topic_id]
         floors = (*latest.floors[:index], max(floor, below), *latest.floors[index + 1 :])
         self._write_topic(latest._replace(floors=floors))
