@@ -48,7 +48,7 @@ class SessionConfig:
     """The session's settings; seconds unless named otherwise."""
 
     session: str
-    """Random, one for each client: the broker tells this session's repeated Open from another's (rule 10)."""
+    """Random, one for each client: the broker tells its repeated requests from another's (rules 10 and 14)."""
     client: str
     """Who is calling, for people."""
     token: str = ""
@@ -199,6 +199,7 @@ class _Commit:
         "bytes",
         "deadline",
         "ever_sent",
+        "in_doubt",
         "last_seq",
         "linger_until",
         "offsets",
@@ -246,6 +247,8 @@ class _Commit:
         self.sent = False
         """On the current connection."""
         self.ever_sent = False
+        self.in_doubt = False
+        """Without dedup nothing tells whether an earlier connection's copy was stored."""
         self.refusal: Failed | None = None
 
     @property
@@ -337,6 +340,8 @@ class Producer:
         self.in_flight_max = in_flight
         self.codec = codec
         self.buffer_bytes_max = buffer_bytes
+        self.instance = ""
+        """Tells this producer's repeated Open from that of any other, also of this name and session (rule 10)."""
         self.id = 0
         self.epoch = 0
         self.opened = not dedup
@@ -390,6 +395,7 @@ class Session:
         """Why no connection will ever be made again (wrong token, other protocol, other store, closed)."""
         self.wake_at = inf
         self.producers: list[Producer] = []
+        self._producers_added = 0
         self.reconnects = 0
         """Connections made after the first: for people and demos."""
         self._rng = rng
@@ -453,6 +459,7 @@ class Session:
             producer.refused = False
             producer.retry_at = 0.0
             for commit in producer.queue:
+                commit.in_doubt |= commit.sent and not producer.dedup
                 commit.sent = False
                 commit.refusal = None
         if self.error is None:
@@ -732,6 +739,8 @@ class Session:
 
     def add(self, producer: Producer) -> None:
         """Take a producer into this session. Without dedup it needs no opening."""
+        self._producers_added += 1
+        producer.instance = f"{self.config.session}.{self._producers_added}"
         self.producers.append(producer)
         if self.error is not None:
             producer.error = self.error
@@ -754,7 +763,7 @@ class Session:
             self._open(now, producer, waiter, deadline, 0)
 
     def _open(self, now: float, producer: Producer, waiter: Waiter, deadline: float, expected_epoch: int) -> None:
-        request = wire.Open(producer.name, self.config.session, expected_epoch, producer.anonymous)
+        request = wire.Open(producer.name, producer.instance, expected_epoch, producer.anonymous)
 
         def answered(answer: Any) -> None:
             producer.opening = None
@@ -1324,7 +1333,7 @@ class Session:
         """C4: the head is not stored, now or later. What follows it?"""
         queue = list(producer.queue)
         behind = queue[queue.index(head) + 1 :]
-        if producer.given or head.transaction:
+        if producer.dedup and (producer.given or head.transaction):
             # Numbers that mean positions must not be skipped, and transactions may build on each other.
             self._fail(producer, head, error)
             text = f"not stored, because what was sent before it was refused ({error.code})"
@@ -1337,6 +1346,8 @@ class Session:
         else:
             if behind and behind[0].frozen:
                 behind[0].prev_seq = head.prev_seq
+            if head.in_doubt:
+                error = OutcomeUnknown(f"sent again and refused ({error.code}); without dedup it may be stored before")
             self._fail(producer, head, error)
 
     def _fenced(self, now: float, producer: Producer, refusal: Failed) -> None:
