@@ -13,7 +13,7 @@ key or in a wrong table is found too.
     deltas          u64 commit number                           [producer id, value in `producers` | nil], ...
     meta            "format"                                    "idemq", u32 FORMAT_VERSION
     meta            "incarnation"                               16 random bytes, made with the store
-    meta            "state"                                     u64 counter, u64 commits
+    meta            "state"                                     u64 counter, u64 commits, u64 topics removed
 
 Integers are big-endian, so that keys sort as numbers; a row is msgpack of its fields in their declared order. Producers
 are kept by id, because commits name ids; their names are an index. Offsets begin with the topic, so that a deleted
@@ -77,7 +77,7 @@ LOG_PREFIX_BYTES = _LOG_PREFIX.size
 _LOG_COVERED = _LOG_PREFIX.size + BATCH_HEADER.size
 _STAMP = Struct(">QQ")
 _FORMAT = Struct(f">{len(MAGIC)}sI")
-_STATE = Struct(">QQ")
+_STATE = Struct(">QQQ")
 _SEEDS: dict[Table, int] = {table: crc32(table.encode()) for table in Table}
 
 
@@ -249,12 +249,21 @@ def incarnation(value: bytes) -> bytes:
     return _open(Table.META, INCARNATION_KEY, value)
 
 
-def state_value(counter: int, commits: int) -> bytes:
-    """What every commit changes: the last number given out, and how many commits there were."""
-    return _seal(Table.META, STATE_KEY, _STATE.pack(counter, commits))
+class State(NamedTuple):
+    """What every commit writes."""
+
+    counter: int
+    """The last number given to a topic, producer, epoch or lease."""
+    commits: int
+    topics_removed: int
+    """Tells a log that is gone with its topic from one that is lost."""
 
 
-def state(value: bytes) -> tuple[int, int]:
-    """(counter, commits). Raises Damaged."""
-    counter, commits = _STATE.unpack(_open(Table.META, STATE_KEY, value))
-    return counter, commits
+def state_value(state: State) -> bytes:
+    """The store's state."""
+    return _seal(Table.META, STATE_KEY, _STATE.pack(*state))
+
+
+def state(value: bytes) -> State:
+    """Decode and verify. Raises Damaged."""
+    return State(*_STATE.unpack(_open(Table.META, STATE_KEY, value)))

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from itertools import islice, starmap, takewhile
 from pathlib import Path
@@ -41,12 +42,15 @@ MAP_BYTES = 1 << 40
 MAP_BYTES_MIN = 1 << 30
 DIRECT_ROWS_MAX = 8
 """Producer rows that one group writes straight into the B-tree; more become a delta."""
-LAZY_ROWS_MAX = 8192
-"""Rows written to deltas before they are moved on. Up to twice as many are in memory, and are read at start."""
+LAZY_BYTES_MAX = 8 << 20
+"""Rows written to deltas before they are moved on. Up to twice as much is in memory, and is read at start."""
 LAZY_DELTAS_MAX = 256
 """Deltas before their rows are moved on, so that dropping them stays cheap."""
 LAZY_STEP_ROWS = 16
 """Rows moved into the B-tree by one commit, at least."""
+
+READ_BATCHES_MAX = 4096
+"""Batches that one read returns at most: small ones cost their number, and the loop waits for it (about 3 µs each)."""
 
 LOCK_FILE = "lock"
 STORE_FOLDER = "store"
@@ -97,7 +101,8 @@ class Storage(Rows, Protocol):
     def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
         """Batches from the one that contains `offset`, in order, below `limit_offset`.
 
-        At least one, however large, then while they fit into `bytes_max`; what was trimmed is skipped. Raises Damaged
+        At least one, however large, then while they fit into `bytes_max` and READ_BATCHES_MAX; what was trimmed is
+        skipped. Raises Damaged
         when the first is broken; a later one ends the answer.
         """
 
@@ -132,7 +137,7 @@ class _Lazy:
 
     def __init__(self) -> None:
         self.young: dict[int, bytes | None] = {}
-        self.young_rows = 0
+        self.young_bytes = 0
         self.young_deltas = 0
         self.old: dict[int, bytes | None] = {}
         self.old_ids: list[int] = []
@@ -146,7 +151,7 @@ class _Lazy:
     def age(self, commit: int) -> None:
         """The young generation becomes the old one."""
         self.old, self.young = self.young, {}
-        self.young_rows = self.young_deltas = 0
+        self.young_bytes = self.young_deltas = 0
         self.old_ids = sorted(self.old, reverse=True)
         self.old_commit = commit
 
@@ -194,12 +199,12 @@ class Store:
             with self._environment.begin() as txn:
                 meta = self._tables[Table.META]
                 self._incarnation = schema.incarnation(txn.get(schema.INCARNATION_KEY, b"", meta))
-                self._counter, self._commits = schema.state(txn.get(schema.STATE_KEY, b"", meta))
+                self._state = schema.state(txn.get(schema.STATE_KEY, b"", meta))
                 for key, value in txn.cursor(self._tables[Table.DELTAS]):
                     self._lazy.young.update(schema.delta_rows(key, value))
         except Damaged as damage:
             raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
-        self._lazy.age(self._commits)
+        self._lazy.age(self._state.commits)
 
     def close(self) -> None:
         """Let go of the files and of the lock. Nothing is written."""
@@ -230,8 +235,11 @@ class Store:
             raise StoreBroken(f"a commit failed, its outcome is unknown: {error}; {panic}") from error
 
     def _commit(self, group: Group) -> Space:
-        commits = self._commits + 1
-        counter = self._counter if group.counter is None else group.counter
+        state = schema.State(
+            self._state.counter if group.counter is None else group.counter,
+            self._state.commits + 1,
+            self._state.topics_removed + sum([row is None for row in group.topics.values()]),
+        )
         txn = self._environment.begin(write=True)
         try:
             for stored in group.appends:
@@ -243,14 +251,14 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
-            delta = self._write_producers(txn, group.producers, commits)
+            delta = self._write_producers(txn, group.producers, state.commits)
             moved = self._move_lazy(txn, len(delta))
-            self._put_checked(txn, Table.META, schema.STATE_KEY, schema.state_value(counter, commits))
+            self._put_checked(txn, Table.META, schema.STATE_KEY, schema.state_value(state))
         except BaseException:
             txn.abort()
             raise
         txn.commit()
-        self._counter, self._commits = counter, commits
+        self._state = state
         self._remember_lazy(delta, moved)
         return self.space()
 
@@ -332,13 +340,13 @@ class Store:
         """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
         lazy = self._lazy
         lazy.young.update(delta)
-        lazy.young_rows += len(delta)
+        lazy.young_bytes += sum([len(value) for _, value in delta if value is not None])
         lazy.young_deltas += bool(delta)
         del lazy.old_ids[len(lazy.old_ids) - moved :]
         if lazy.old and not lazy.old_ids:
             lazy.old = {}
-        if not lazy.old and (lazy.young_rows >= LAZY_ROWS_MAX or lazy.young_deltas >= LAZY_DELTAS_MAX):
-            lazy.age(self._commits)
+        if not lazy.old and (lazy.young_bytes >= LAZY_BYTES_MAX or lazy.young_deltas >= LAZY_DELTAS_MAX):
+            lazy.age(self._state.commits)
 
     # -------------------------------------------------------------------------------------------------- reads
 
@@ -348,7 +356,7 @@ class Store:
 
     def counter(self) -> int:
         """The last number given to a topic, producer, epoch or lease."""
-        return self._counter
+        return self._state.counter
 
     def space(self) -> Space:
         """As measured now."""
@@ -358,7 +366,7 @@ class Store:
         used = sum([stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats])
         free = max(0, self._environment.info()["last_pgno"] + 1 - used)
         disk = os.statvfs(self._directory)
-        return Space(used * page_bytes, free * page_bytes + disk.f_bavail * disk.f_frsize, self._commits)
+        return Space(used * page_bytes, free * page_bytes + disk.f_bavail * disk.f_frsize, self._state.commits)
 
     def topics(self) -> Iterable[TopicRow]:
         """All topics, also those being deleted. Raises Damaged."""
@@ -423,7 +431,7 @@ class Store:
                 if row.end <= offset:
                     continue
                 size += row.length
-                if row.offset >= limit_offset or (batches and size > bytes_max):
+                if row.offset >= limit_offset or (batches and size > bytes_max) or len(batches) >= READ_BATCHES_MAX:
                     break
                 batches.append((row.offset, row.timestamp_ms, bytes(value[schema.LOG_PREFIX_BYTES :])))
                 next_offset = row.end
@@ -534,14 +542,17 @@ def _lock_directory(directory: Path, force_filesystem: bool) -> int:
                 f"{directory} lies on {kind}, where a committed write may be lost: use a local disk (a volume, in a"
                 " container), or force it at your own risk",
             )
-        return _flock(directory)
+        lock = _flock(directory, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        return lock
     except OSError as error:
         raise _refusal(directory, error) from error
 
 
-def _flock(directory: Path) -> int:
-    """LMDB would let a second process in."""
-    lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _flock(directory: Path, flags: int) -> int:
+    """A lock of our own: LMDB would let a second process in."""
+    lock = os.open(directory / LOCK_FILE, flags | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -553,8 +564,6 @@ def _flock(directory: Path) -> int:
             Reason.STORE_LOCKED,
             f"{directory} is in use by process {holder or 'unknown'}: stop it first, or use another directory",
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
 
 
@@ -594,7 +603,7 @@ def _create(directory: Path) -> None:
         rows = {
             schema.FORMAT_KEY: schema.format_value(),
             schema.INCARNATION_KEY: schema.incarnation_value(secrets.token_bytes(schema.INCARNATION_BYTES)),
-            schema.STATE_KEY: schema.state_value(0, 0),
+            schema.STATE_KEY: schema.state_value(schema.State(0, 0, 0)),
         }
         if not all(txn.put(key, value) for key, value in rows.items()):
             raise StoreBroken("a new store did not take its first rows")
@@ -614,18 +623,66 @@ def _sync(path: str) -> None:
         os.close(file)
 
 
-def _open_environment(path: str, create: bool) -> Any:
+def _open_environment(path: str, create: bool, **reading: bool) -> Any:
     """Open LMDB the one way that is durable: no NOSYNC, no NOMETASYNC, no WRITEMAP."""
     map_bytes = MAP_BYTES
     while True:
         try:
             return lmdb.open(
-                path, map_size=map_bytes, max_dbs=len(Table), sync=True, metasync=True, create=create, mode=0o600
+                path,
+                map_size=map_bytes,
+                max_dbs=len(Table),
+                sync=True,
+                metasync=True,
+                create=create,
+                mode=0o600,
+                **reading,
             )
         except lmdb.MemoryError:
             if map_bytes <= MAP_BYTES_MIN:
                 raise
             map_bytes //= 4
+
+
+class Snapshot:
+    """A data directory opened for reading alone, for `check.py`: one long LMDB transaction, and the lock.
+
+    A damaged file may kill the process. Raises StoreError. Use it in a `with` statement.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.data_file = self.directory / STORE_FOLDER / "data.mdb"
+        try:
+            if not self.data_file.exists():
+                raise StoreError(Reason.STORE_NOT_OURS, f"there is no store in {self.directory}")
+            # A copy of a data directory may have no lock file, and then nobody runs on it.
+            locked = (self.directory / LOCK_FILE).exists()
+            self._lock = _flock(self.directory, os.O_RDONLY) if locked else None
+        except OSError as error:
+            raise _refusal(self.directory, error) from error
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+    @contextmanager
+    def tables(self) -> Iterator[tuple[Any, dict[Table, Any]]]:
+        """(LMDB transaction, table handles), once it is known to be ours and of a version that is known."""
+        try:
+            environment = _open_environment(str(self.data_file.parent), create=False, readonly=True, lock=False)
+            try:
+                _format(environment, self.directory)
+                tables = {table: environment.open_db(table.encode(), create=False) for table in Table}
+                with environment.begin() as txn:
+                    yield txn, tables
+            finally:
+                environment.close()
+        except lmdb.Error as error:
+            raise _refusal(self.directory, error) from error
 
 
 def _check_file(path: Path) -> None:
@@ -756,7 +813,8 @@ class MemoryStore:
             if _end(stored) <= offset:
                 continue
             size += len(stored.batch)
-            if max(stored.offset, offset) >= limit_offset or (batches and size > bytes_max):
+            full = (batches and size > bytes_max) or len(batches) >= READ_BATCHES_MAX
+            if max(stored.offset, offset) >= limit_offset or full:
                 break
             batches.append((stored.offset, stored.timestamp_ms, stored.batch))
         return batches

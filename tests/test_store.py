@@ -401,6 +401,6 @@ TestBothStores.settings = settings(
 @pytest.fixture(autouse=True)
 def _small_generations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that wait in deltas move on within a few commits here, so that every stage of it is seen."""
-    monkeypatch.setattr(store, "LAZY_ROWS_MAX", 40)
+    monkeypatch.setattr(store, "LAZY_BYTES_MAX", 4000)
     monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 6)
     monkeypatch.setattr(store, "LAZY_STEP_ROWS", 3)
