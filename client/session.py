@@ -476,7 +476,9 @@ class Session:
                 self._refused_greeting(now, message) if self.state == "greeting" else self._cut_now()
             return
         _, entry, producer = outstanding
-        if type(entry) is _Commit:
+        if not _is_answer(entry, message):
+            self.protocol_broken(now, f"{type(message).__name__} is no answer to what was asked")
+        elif type(entry) is _Commit:
             self._committed(now, producer, entry, message)
         elif entry is self:
             self._welcomed(now, message)
@@ -1491,6 +1493,18 @@ def _is_waited(waiter: Waiter) -> bool:
     if type(waiter) is _Prefixed:
         return _is_waited(waiter.waiter)
     return waiter is not None and type(waiter) is not Pending
+
+
+def _is_answer(entry: Any, message: Any) -> bool:
+    """Is this what the request asks for, or a refusal?"""
+    if type(message) is Failed:
+        return True
+    if type(entry) is _Commit:
+        return type(message) is wire.Committed and (
+            message.positions is None or len(message.positions) == len(entry.appends)
+        )
+    request = type(entry.request) if type(entry) is _Call else wire.Hello if type(entry) is Session else wire.Ping
+    return type(message) is wire.REQUESTS[request].reply
 
 
 def check_topic(name: str) -> None:
