@@ -190,6 +190,7 @@ class _Peer(asyncio.Protocol):
     __slots__ = (
         "_buffered_bytes",
         "_frames",
+        "_held",
         "_listing",
         "_out",
         "_reading",
@@ -214,6 +215,8 @@ class _Peer(asyncio.Protocol):
         self._splitter = wire.Splitter(wire.HELLO_BYTES_MAX)
         self._frames: Iterator[tuple[bytes, bytes]] | None = None
         """Frames that have arrived and are not decided yet; None when there is nothing left of them."""
+        self._held: tuple[bytes, bytes] | None = None
+        """The first of them, taken out and left for a better moment."""
         self._buffered_bytes = 0
         self._out: list[bytes] = []
         self._reads: deque[Read] = deque()
@@ -246,7 +249,7 @@ class _Peer(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closing = True
-        self._frames = None
+        self._frames = self._held = None
         self._server.lingering.stop(self)
         self._leave()
         if self._server.stopping:
@@ -300,9 +303,14 @@ class _Peer(asyncio.Protocol):
         whole, waits = False, self._must_wait()
         try:
             while not waits and not self.closing:
-                frame = next(self._frames, None)
+                frame = self._held or next(self._frames, None)
+                self._held = None
                 if frame is None:
                     self._frames = None
+                    break
+                if frame[1] and server.core.building_bytes > server.pause_bytes:
+                    self._held = frame
+                    server.waiting_for_disk[self] = None
                     break
                 whole = True
                 self._unanswered += 1
@@ -333,11 +341,12 @@ class _Peer(asyncio.Protocol):
         self.flush()
 
     def _must_wait(self) -> bool:
-        server = self._server
-        if server.core.building_bytes > server.pause_bytes:
-            server.waiting_for_disk[self] = None
-            return True
-        return self._unanswered >= server.config.requests_max or self._listing is not None or self._stalled
+        return (
+            self._unanswered >= self._server.config.requests_max
+            or self._listing is not None
+            or self._stalled
+            or self in self._server.waiting_for_disk
+        )
 
     def _watch(self, whole: bool, now: Now) -> None:
         """A frame that has begun must end in time, and all of them together are bounded."""
@@ -431,7 +440,7 @@ class _Peer(asyncio.Protocol):
     def _finish(self) -> None:
         """Everything is written: end our half, and give the peer a moment to read it before the other half goes."""
         server = self._server
-        self._frames = None
+        self._frames = self._held = None
         if self._transport.is_closing() or self in server.lingering:
             return
         self._leave()
@@ -454,7 +463,7 @@ class _Peer(asyncio.Protocol):
     def cut(self) -> None:
         """Close at once: nothing more is read or written."""
         self.closing = True
-        self._frames = None
+        self._frames = self._held = None
         self._leave()
         self._transport.abort()
 

@@ -140,8 +140,9 @@ class Running:
             self._started.set()
 
     def _fail(self) -> None:
-        self.failed = True
-        self._failed.set_result(None)
+        if not self.failed:
+            self.failed = True
+            self._failed.set_result(None)
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -156,6 +157,7 @@ class Running:
         await asyncio.wait([closed, self._failed], return_when=asyncio.FIRST_COMPLETED)
         if self.failed:
             closed.cancel()
+            self.server._listener.close()
             self.server.cut_all()
             self.server.end_threads()
         await http.close()
