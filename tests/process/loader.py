@@ -1,4 +1,4 @@
-"""A loader to be killed: `python -m tests.process.loader URL TOPIC FILE.xz` sends each line through the producer "loader".
+"""A loader to be killed: `python -m tests.process.loader URL TOPIC FILE.xz` sends each line as the producer "loader".
 
 The line number is the sequence, so it goes on where the broker says it is. Small batches and short rests, so that a
 kill finds it at work. Prints a JSON line when it begins (where) and when all is stored (what).
