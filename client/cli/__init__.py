@@ -11,8 +11,8 @@ from argparse import REMAINDER, SUPPRESS, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 
-from . import demo, probe, producer, pub, serve, sub, topic
-from .arguments import Command, Delegated, Parser, add_common, nearest
+from . import demo, probe, producer, pub, serve, sub, topic, verify
+from .arguments import COMMON, Command, Delegated, Parser, add_common, nearest
 from .errors import INTERRUPTED, OK, USAGE, explain
 from .output import plain
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command | Delegated] = {
         *pub.COMMANDS,
         *sub.COMMANDS,
         *producer.COMMANDS,
+        *verify.COMMANDS,
         serve.BENCH,
     )
 }
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explained is None:
             raise
         sentence, code = explained
-        sys.stderr.write(f"idemq: {plain(sentence)}\n")
+        sys.stderr.write("\n".join(map(plain, f"idemq: {sentence}".splitlines())) + "\n")
     return code
 
 
@@ -63,7 +64,7 @@ def _dispatch(argv: list[str]) -> int:
     top = Parser("idemq", ABOUT)
     top.usage = "idemq [--url URL] [--token TOKEN] [--timeout SECONDS] [--json] COMMAND ..."
     top.epilog = f"commands:\n{_listing(list(COMMANDS))}\n\n`idemq COMMAND --help` tells more."
-    add_common(top)
+    add_common(top, COMMON)
     top.add_argument("--version", action="store_true", help="print the version")
     top.add_argument("words", nargs=REMAINDER, help=SUPPRESS)
     given, extra = top.parse_known_args(argv)
@@ -92,14 +93,15 @@ def _dispatch(argv: list[str]) -> int:
         top.error(f"there is no command {name!r}{nearest(name, heads)}")
     before = vars(given)
     del before["words"], before["version"]
+    strange = before.keys() - command.options
+    if strange:
+        top.error(f"--{min(strange)} is no option of {name}")
     if isinstance(command, Delegated):
-        if before:
-            top.error(f"--{next(iter(before))} is no option of {name}")
         return command.run(words)
     parser = Parser(f"idemq {name}", f"{command.about[0].upper()}{command.about[1:]}.")
     command.arguments(parser)
-    add_common(parser)
-    defaults = {"url": None, "token": None, "timeout": None, "json": False}
+    add_common(parser, command.options)
+    defaults = dict.fromkeys(COMMON) | {"json": False}
     return command.run(parser.parse(words, Namespace(**(defaults | before))))
 
 

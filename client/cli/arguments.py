@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def options(self) -> list[str]:
-        """All it knows, `--json` and so on."""
+        """All it knows, as they are written."""
         return [option for action in self._actions for option in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
@@ -49,6 +49,13 @@ class Command(NamedTuple):
     about: str
     arguments: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int]
+    asks_broker: bool = True
+    """It reaches a running broker, so that it takes the options that say how."""
+
+    @property
+    def options(self) -> set[str]:
+        """The common options that it takes."""
+        return set(COMMON) if self.asks_broker else {"json"}
 
 
 class Delegated(NamedTuple):
@@ -57,6 +64,8 @@ class Delegated(NamedTuple):
     name: str
     about: str
     run: Callable[[list[str]], int]
+    options: frozenset[str] = frozenset()
+    """It takes none of the common ones here."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -65,16 +74,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f": did you mean {found[0]}?" if found else ""
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """The options of every command; absent from the namespace unless given, so that they may stand before it too."""
-    common = parser.add_argument_group("options of every command")
-    common.add_argument("--url", default=argparse.SUPPRESS, type=text, help="the broker (default $IDEMQ_URL, then "
-                        "idemq://localhost:7750)")  # fmt: skip
-    common.add_argument("--token", default=argparse.SUPPRESS, type=text, help="its token; better in $IDEMQ_TOKEN or "
-                        "$IDEMQ_TOKEN_FILE, which others on this machine cannot see")  # fmt: skip
-    common.add_argument("--timeout", metavar="SECONDS", default=argparse.SUPPRESS, type=seconds,
-                        help="how long to wait for an answer (default 10)")  # fmt: skip
-    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+def add_common(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Those of the common options; absent from the namespace unless given, so that they may stand before it too."""
+    group = parser.add_argument_group("common options")
+    for name in COMMON:
+        if name in names:
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, **COMMON[name])
 
 
 def add_yes(parser: Parser) -> None:
@@ -156,3 +161,12 @@ def start(value: str) -> Any:
         raise argparse.ArgumentTypeError(
             f"{value!r} is none of earliest, latest, an offset, a time such as 2026-01-31T12:00"
         ) from None
+
+
+COMMON: dict[str, dict[str, Any]] = {
+    "url": {"type": text, "help": "the broker (default $IDEMQ_URL, then idemq://localhost:7750)"},
+    "token": {"type": text, "help": "its token; better in $IDEMQ_TOKEN or $IDEMQ_TOKEN_FILE, which others cannot see"},
+    "timeout": {"type": seconds, "metavar": "SECONDS", "help": "how long to wait for an answer (default 10)"},
+    "json": {"action": "store_true", "help": "print JSON"},
+}
+"""Options with one meaning for all commands."""

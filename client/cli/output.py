@@ -65,7 +65,11 @@ def record(args: Namespace, fields: Mapping[str, Any], shown: Shown | None = Non
 
 
 def _raw(value: Any) -> str:
-    return "-" if value is None else plain(str(value))
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.0f}" if isinstance(value, float) and value.is_integer() else plain(str(value))
 
 
 def _show(name: str, value: Any, shown: Shown | None) -> str:
@@ -73,7 +77,7 @@ def _show(name: str, value: Any, shown: Shown | None) -> str:
         return "-"
     if shown and name in shown:
         return plain(shown[name](value))
-    return f"{value:,}" if type(value) is int else plain(str(value))
+    return f"{value:,}" if type(value) is int else _raw(value)
 
 
 def plain(text: str) -> str:
@@ -124,7 +128,8 @@ class Progress:
 
     def __init__(self, unit: str, total: int | None = None) -> None:
         self._unit = unit
-        self._total = total
+        self.total = total
+        """What `done` comes to in the end; None while that is not known."""
         self._terminal = sys.stderr.isatty()
         self._started = self._shown_at = time.monotonic()
         self._drawn = False
@@ -143,9 +148,9 @@ class Progress:
         self._shown_at, elapsed = now, now - self._started
         line = f"{count:,} {self._unit}, {count / elapsed:,.0f}/s"
         done = count if done is None else done
-        if self._total and done:
-            left = round(elapsed * max(self._total - done, 0) / done)
-            line += f", {min(done / self._total, 1):.0%}, {left // 60}:{left % 60:02} left"
+        if self.total and done:
+            left = round(elapsed * max(self.total - done, 0) / done)
+            line += f", {min(done / self.total, 1):.0%}, {left // 60}:{left % 60:02} left"
         if extra:
             line += f", {extra}"
         sys.stderr.write(f"\r{line}\x1b[K")

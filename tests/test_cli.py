@@ -1,0 +1,746 @@
+"""The command line as a shell sees it: exit codes, what stands on stdout and stderr, pipes and terminals, signals.
+
+Real processes against a real broker, itself started by `idemq serve`. What needs no broker is called in process.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import idemq
+from idemq.broker.config import ADMIN_TOKEN_FILE
+from idemq.client.cli import COMMANDS, errors, main, output, reach
+from idemq.client.connection import Address
+
+pytestmark = pytest.mark.process
+
+SECONDS_MAX = 60.0
+CLI = [sys.executable, "-m", "idemq.client.cli"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with no setting of idemq but these."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("IDEMQ_")} | more
+
+
+class Broker:
+    """A broker started by `idemq serve`, and commands that speak to it."""
+
+    def __init__(self, process: subprocess.Popen[str], ready: str) -> None:
+        wire, http = ready.removeprefix("idemq ready ").split(" http=")
+        self.process = process
+        self.url = f"idemq://{wire}"
+        self.http_port = int(http.rpartition(":")[2])
+
+    def idemq(self, *argv: str, input: str | bytes = b"", **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, in a pipe."""
+        return idemq_command(*argv, input=input, IDEMQ_URL=self.url, **more)
+
+    def lines(self, *argv: str, input: str | bytes = b"") -> list[str]:
+        """What a command that must succeed prints."""
+        done = self.idemq(*argv, input=input)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.splitlines()
+
+    def json(self, *argv: str, input: str | bytes = b"") -> Any:
+        """The JSON document that a command prints."""
+        (line,) = self.lines(*argv, "--json", input=input)
+        return json.loads(line)
+
+    def popen(self, *argv: str, **more: Any) -> subprocess.Popen[bytes]:
+        """Start a command with all of its ends in pipes."""
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | more
+        return subprocess.Popen([*CLI, *argv], env=environment(IDEMQ_URL=self.url), **pipes)
+
+    def last_seq(self, producer: str) -> int:
+        """Its last number; -1 while there is no such producer."""
+
+        async def ask() -> int:
+            async with idemq.connect(self.url) as mq:
+                try:
+                    return (await mq.describe_producer(producer)).last_seq
+                except idemq.UnknownProducer:
+                    return -1
+
+        return asyncio.run(ask())
+
+
+def idemq_command(*argv: str, input: str | bytes = b"", **more: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*CLI, *argv],
+        input=input.encode() if isinstance(input, str) else input,
+        capture_output=True,
+        timeout=SECONDS_MAX,
+        env=environment(**more),
+    )
+    return subprocess.CompletedProcess(argv, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@contextmanager
+def serving(directory: Path, *arguments: str, **more: str) -> Iterator[Broker]:
+    command = [*CLI, "serve", "--port", "0", "--http-port", "0", "--data-dir", str(directory), *arguments]
+    errors = directory.with_suffix(".stderr")
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment(**more))
+    with process:
+        assert process.stdout is not None
+        try:
+            ready = process.stdout.readline().strip()
+            assert ready.startswith("idemq ready "), errors.read_text()
+            yield Broker(process, ready)
+        finally:
+            process.terminate()
+            process.wait(SECONDS_MAX)
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with serving(tmp_path_factory.mktemp("broker") / "data") as one:
+        yield one
+
+
+@pytest.fixture
+def topic(broker: Broker, request: pytest.FixtureRequest) -> str:
+    """A topic of the test's own."""
+    name = "".join(one if one.isalnum() else "-" for one in request.node.name)[:100]
+    broker.lines("topic", "create", name)
+    return name
+
+
+def wait_for(condition: Any) -> None:
+    end = time.monotonic() + SECONDS_MAX
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+# --------------------------------------------------------------------------------------------------------- usage
+
+
+def test_without_arguments_help_is_printed_and_nothing_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    width = max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        assert f"\n  {name.ljust(width)}  {command.about}\n" in shown.err
+
+
+def test_help_names_every_command_and_none_that_a_later_version_brings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    words = set(capsys.readouterr().out.split())
+    wanted = "serve ping healthcheck topic pub sub producer verify demo bench"
+    assert set(wanted.split()) <= words
+    for later in LATER:
+        assert later not in {name.split()[0] for name in COMMANDS}
+
+
+LATER = [
+    "group",
+    "dlq",
+    "token",
+    "explain",
+    "top",
+    "torture",
+    "backup",
+    "restore",
+    "mirror",
+    "check",
+    "export",
+    "import",
+]
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_a_later_version_brings_is_no_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert f"there is no command {name!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bench",)])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: idemq {name}" in shown
+    assert "--help" in shown
+
+
+def test_a_family_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["topic"]) == 2
+    assert "topic create" in capsys.readouterr().err
+    assert main(["topic", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "topic create" in shown
+    assert "producer" not in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["tpic"], "there is no command 'tpic': did you mean topic?"),
+        (["topic", "descrbe", "x"], "there is no command 'topic descrbe': did you mean topic describe?"),
+        (["qqq"], "there is no command 'qqq' (see idemq --help)"),
+        (["ping", "--jsn"], "'--jsn' is not expected here: did you mean --json?"),
+        (["--jsn", "ping"], "'--jsn' is not expected here: did you mean --json?"),
+        (["ping", "extra"], "'extra' is not expected here"),
+        (["pub"], "the following arguments are required: TOPIC"),
+        (["sub", "t", "-n", "0"], "'0' is no whole number above 0"),
+        (["sub", "t", "--from", "-1"], "'-1' is none of earliest, latest, an offset, a time"),
+        (["sub", "t", "--from", "yesterday"], "'yesterday' is none of earliest, latest, an offset, a time"),
+        (["sub", "t", "-g", "g"], "--group is not offered yet"),
+        (["pub", "t", "--id", "1", "v"], "--id is not offered yet"),
+        (["ping", "--timeout", "nan"], "'nan' is no number of seconds above 0"),
+        (["ping", "--timeout", "0"], "'0' is no number of seconds above 0"),
+        (["ping", "--url", "http://x"], "is no broker's URL"),
+        (["ping", "--url", "idemqs://x"], "is not offered yet"),
+        (["ping", "--url", "\udcff"], "is not UTF-8"),
+        (["topic", "create", "t", "--retention-bytes", "10GB"], "'10GB' is no size such as 10GiB"),
+        (["topic", "create", "t", "--partitions", "x"], "'x' is no whole number above 0"),
+        (["topic", "alter", "t"], "Say what to change"),
+        (["--json", "serve"], "--json is no option of serve"),
+        (["--url", "x", "demo"], "--url is no option of demo"),
+        (["verify", "--token", "x"], "'--token' is not expected here"),
+        (["serve", "--prot", "1"], "--prot"),
+        (["demo", "--seed", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_one_line_and_code_2(
+    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == errors.USAGE
+    shown = capsys.readouterr()
+    assert complaint in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    if argv[0] != "serve":
+        assert shown.err.count("\n") == 1
+
+
+def test_options_stand_before_between_and_behind(broker: Broker, topic: str) -> None:
+    assert broker.json("pub", topic, "-k", "k", "one")["duplicate"] is False
+    assert broker.json("pub", "-k", "k", topic, "two")["duplicate"] is False
+    for argv in (["--json", "--timeout", "9", "ping"], ["ping", "--json", "--url", broker.url]):
+        assert json.loads("".join(broker.lines(*argv)))["answered_ms"] > 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"idemq {idemq.__version__}\n"
+
+
+def test_a_command_that_needs_no_broker_loads_none(broker: Broker) -> None:
+    code = (
+        "import sys; from idemq.client.cli import main; assert main(['ping']) == 0; "
+        "print(*sorted(name for name in sys.modules if name.split('.')[0] in ('lmdb', 'uvloop')"
+        " or name.startswith(('idemq.broker', 'idemq.bench'))), sep=',')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(IDEMQ_URL=broker.url),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=SECONDS_MAX,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "")
+
+
+# ----------------------------------------------------------------------------------------------------- exit codes
+
+
+def test_1_what_the_broker_refuses(broker: Broker) -> None:
+    for argv in (["topic", "describe", "nix"], ["sub", "nix"], ["pub", "nix", "x"], ["producer", "describe", "nix"]):
+        done = broker.idemq(*argv)
+        assert done.returncode == errors.FAILURE
+        assert done.stderr.startswith("idemq: there is no ")
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+
+
+def test_2_what_the_client_refuses(broker: Broker) -> None:
+    done = broker.idemq("topic", "create", "no spaces")
+    assert done.returncode == errors.USAGE
+    assert "BAD_REQUEST" in done.stderr
+    assert broker.idemq("topic", "create", "x", "--retention", "soon").returncode == errors.USAGE
+
+
+def test_3_fenced(broker: Broker, topic: str) -> None:
+    with broker.popen("pub", topic, "--producer", "fenced") as first:
+        assert first.stdin is not None
+        assert first.stderr is not None
+        first.stdin.write(b"one\n")
+        first.stdin.flush()
+        wait_for(lambda: broker.last_seq("fenced") == 0)
+        assert broker.json("pub", topic, "--producer", "fenced", input="one\n") == {
+            "stored": 0,
+            "duplicates": 1,
+            "last_seq": 0,
+        }
+        first.stdin.write(b"two\n")
+        first.stdin.close()
+        assert first.wait(SECONDS_MAX) == errors.FENCED
+        said = first.stderr.read().decode()
+    assert "PRODUCER_FENCED" in said
+    assert "1 lines were sent before: 1 stored now, 0 stored before." in said
+    assert "Traceback" not in said
+
+
+def test_69_unreachable(free_port: int) -> None:
+    done = idemq_command("ping", "--timeout", "0.3", IDEMQ_URL=f"idemq://127.0.0.1:{free_port}")
+    assert done.returncode == errors.UNREACHABLE
+    assert f"No broker answers at 127.0.0.1:{free_port}" in done.stderr
+    assert "idemq serve" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_75_retry_later(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--topics-max", "1") as broker:
+        broker.lines("topic", "create", "one")
+        done = broker.idemq("topic", "create", "two")
+        assert done.returncode == errors.RETRY_LATER
+        assert "QUOTA_EXCEEDED" in done.stderr
+
+
+def test_75_a_numbered_load_whose_broker_went_can_be_run_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as broker:
+        broker.lines("topic", "create", "t")
+        with broker.popen("pub", "t", "--producer", "p", "--timeout", "1") as load:
+            assert load.stdin is not None
+            assert load.stderr is not None
+            load.stdin.write(b"one\n")
+            load.stdin.flush()
+            wait_for(lambda: broker.last_seq("p") == 0)
+            broker.process.kill()
+            broker.process.wait(SECONDS_MAX)
+            load.stdin.write(b"two\n")
+            load.stdin.close()
+            assert load.wait(SECONDS_MAX) == errors.RETRY_LATER
+            assert "Run the same command again" in load.stderr.read().decode()
+    with serving(tmp_path / "data") as broker:
+        assert broker.json("pub", "t", "--producer", "p", input="one\ntwo\n")["last_seq"] == 1
+        assert broker.lines("sub", "t", "--exit-at-end") == ["one", "two"]
+
+
+def test_77_auth(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", IDEMQ_TOKEN="secret") as broker:
+        for more in ({}, {"IDEMQ_TOKEN": "wrong"}):
+            done = broker.idemq("ping", **more)
+            assert done.returncode == errors.AUTH
+            assert "AUTH_FAILED" in done.stderr
+            assert "IDEMQ_TOKEN" in done.stderr
+        assert broker.idemq("ping", "--token", "secret").returncode == 0
+        assert broker.idemq("ping", IDEMQ_TOKEN="secret").returncode == 0
+        # What the broker left in its data directory is found by commands on the same machine.
+        place = tmp_path / "idemq-data"
+        place.mkdir()
+        (place / ADMIN_TOKEN_FILE).write_text("secret\n")
+        assert broker.idemq("ping", IDEMQ_DATA_DIR=str(place)).returncode == 0
+        done = subprocess.run(
+            [*CLI, "ping"], env=environment(IDEMQ_URL=broker.url), cwd=tmp_path, stdout=subprocess.DEVNULL
+        )
+        assert done.returncode == 0
+        # An explicit one counts before it.
+        assert broker.idemq("ping", IDEMQ_DATA_DIR=str(place), IDEMQ_TOKEN="wrong").returncode == errors.AUTH
+
+
+def test_a_token_that_cannot_be_read_is_named_when_it_is_missed(tmp_path: Path) -> None:
+    place = tmp_path / "idemq-data"
+    (place / ADMIN_TOKEN_FILE).mkdir(parents=True)  # reading a directory fails, also for root
+    with serving(tmp_path / "data", IDEMQ_TOKEN="secret") as broker:
+        done = broker.idemq("ping", IDEMQ_DATA_DIR=str(place))
+        assert done.returncode == errors.AUTH
+        assert f"The token in {place / ADMIN_TOKEN_FILE} cannot be read" in done.stderr
+    with serving(tmp_path / "other") as broker:
+        assert broker.idemq("ping", IDEMQ_DATA_DIR=str(place)).returncode == 0
+
+
+def test_the_token_of_this_machine_is_not_sent_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IDEMQ_TOKEN", "IDEMQ_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("IDEMQ_DATA_DIR", str(tmp_path))
+    (tmp_path / reach.ADMIN_TOKEN_FILE).write_text("secret")
+    args: Any = SimpleNamespace(token=None)
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        assert reach._token(args, Address(f"idemq://{host}")) == ("secret", "")
+    for host in ("192.0.2.1", "example.org", "[2001:db8::1]", "localhost.example.org"):
+        assert reach._token(args, Address(f"idemq://{host}")) == (None, "")
+    assert reach.ADMIN_TOKEN_FILE == ADMIN_TOKEN_FILE
+
+
+def test_78_configuration(tmp_path: Path) -> None:
+    done = idemq_command("serve", "--data-dir", str(tmp_path / "data"), IDEMQ_PROT="1")
+    assert done.returncode == errors.CONFIGURATION
+    assert "IDEMQ_PORT" in done.stderr
+    with serving(tmp_path / "data"):
+        ports = ["--port", "0", "--http-port", "0"]
+        done = idemq_command("serve", *ports, "--data-dir", str(tmp_path / "data"))
+        assert done.returncode == errors.CONFIGURATION
+    assert "Traceback" not in done.stderr
+
+
+def test_130_ctrl_c_is_quiet(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, "x")
+    for argv in (["sub", topic], ["pub", topic]):
+        with broker.popen(*argv) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdin is not None
+            if argv[0] == "sub":
+                assert process.stdout.readline() == b"x\n"
+            else:
+                process.stdin.write(b"x\n")
+                process.stdin.flush()
+                wait_for(lambda: len(broker.lines("sub", topic, "--exit-at-end")) == 2)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS_MAX) == 130
+            assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="x" * 1000 + "\n" + "y\n" * 200_000)
+    with broker.popen("sub", topic) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"x" * 1000 + b"\n"
+        process.stdout.close()
+        assert process.wait(SECONDS_MAX) == 0
+        assert process.stderr.read() == b""
+
+
+def test_every_exception_has_its_exit_code() -> None:
+    kinds = [one for one in vars(idemq).values() if isinstance(one, type) and issubclass(one, idemq.IdemqError)]
+    assert len(kinds) > 20
+    expected = {
+        idemq.ProducerFenced: 3,
+        idemq.ConnectionLost: 69,
+        idemq.RetriableError: 75,
+        idemq.BrokerBusy: 75,
+        idemq.StoreFull: 75,
+        idemq.QuotaExceeded: 75,
+        idemq.AuthError: 77,
+        idemq.PermissionDenied: 77,
+        idemq.InvalidRequest: 2,
+        idemq.Unsupported: 2,
+    }
+    for kind in kinds:
+        explained = errors.explain(kind("Something."))
+        assert explained is not None
+        assert explained[1] == expected.get(kind, 1), kind
+        assert explained[0].startswith("Something. ")
+        assert ".." not in explained[0]
+    assert errors.explain(ValueError("a bug")) is None
+    assert errors.explain(FileNotFoundError(2, "No such file", "x")) == ("No such file: x.", 1)
+
+
+# ------------------------------------------------------------------------------------------------------ printing
+
+
+def in_terminal(broker: Broker, *argv: str, typed: bytes = b"", columns: int = 200) -> tuple[int, str]:
+    """(exit code, what the terminal shows) of a command on a pseudo-terminal."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [*CLI, *argv], environment(IDEMQ_URL=broker.url, COLUMNS=str(columns)))
+    os.write(master, typed)
+    shown = b""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:  # the terminal's last process has gone
+            break
+        if not data:
+            break
+        shown += data
+    os.close(master)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode().replace("\r\n", "\n")
+
+
+def test_one_table_in_a_pipe_on_a_terminal_and_as_json(broker: Broker, topic: str) -> None:
+    broker.lines("topic", "alter", topic, "--partitions", "3", "--retention", "7d")
+    broker.lines("pub", topic, input="".join(f"{number}\n" for number in range(1500)))
+    bytes_stored = sum(one["bytes"] for one in broker.json("topic", "describe", topic)["partitions"])
+    assert f"{topic}\t3\t1500\t{bytes_stored}\t604800\t-" in broker.lines("topic", "ls")
+    code, shown = in_terminal(broker, "topic", "ls")
+    assert code == 0
+    header, *rows = shown.splitlines()
+    assert header.split() == ["name", "partitions", "messages", "bytes", "retention", "retention_bytes"]
+    (row,) = [row for row in rows if row.startswith(f"{topic} ")]
+    assert row.index("3 ") + 1 == header.index("partitions") + len("partitions")
+    assert row.index("1,500") + 5 == header.index("messages") + len("messages")
+    assert row.index("7d") == header.index("retention")
+    (entry,) = [entry for entry in broker.json("topic", "ls") if entry["name"] == topic]
+    assert (entry["partitions"], entry["messages"], entry["retention"]) == (3, 1500, 604800.0)
+
+
+def test_every_command_speaks_json(broker: Broker, topic: str) -> None:
+    assert broker.json("ping").keys() == {"answered_ms", "broker_time"}
+    assert broker.json("topic", "create", f"{topic}-2", "--retention-bytes", "1GiB")["retention_bytes"] == 1 << 30
+    assert broker.json("topic", "alter", topic, "--retention", "1h")["retention"] == 3600.0
+    receipt = broker.json("pub", topic, "x", "-k", "k")
+    assert (receipt["topic"], receipt["offset"], receipt["duplicate"]) == (topic, 0, False)
+    assert broker.json("pub", topic, input="1\n2\n") == {"stored": 2, "duplicates": 0}
+    assert broker.json("pub", topic, "--producer", topic, input="1\n2\n") == {
+        "stored": 2,
+        "duplicates": 0,
+        "last_seq": 1,
+    }
+    assert broker.json("topic", "describe", topic)["partitions"][0]["next"] == 5
+    assert topic in {one["name"] for one in broker.json("topic", "ls")}
+    assert broker.json("producer", "describe", topic)["last_seq"] == 1
+    assert topic in {one["name"] for one in broker.json("producer", "ls")}
+    assert broker.json("healthcheck", "--url", broker.url) == {"status": "healthy"}
+
+
+def test_fields_in_a_pipe_are_names_and_values(broker: Broker, topic: str) -> None:
+    assert broker.lines("pub", topic, "--producer", topic, input="1\n") == ["stored\t1", "duplicates\t0", "last_seq\t0"]
+    assert broker.lines("topic", "describe", topic)[-1].split("\t")[:4] == ["partition", "0", "0", "1"]
+
+
+def test_what_others_named_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    args: Any = SimpleNamespace(json=False)
+    output.table(args, ("name", "holder"), [["a\tb", "evil\x1b[2J\nx"]])
+    assert capsys.readouterr().out == "a\\tb\tevil\\x1b[2J\\nx\n"
+
+
+def test_progress_shows_rate_and_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = 100.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    for stream, expected in ((Terminal(), "\r2,000 lines, 1,000/s, 25%, 0:06 left\x1b[K\r\x1b[K"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        now = 100.0
+        with output.Progress("lines", 8000) as progress:
+            now = 100.01
+            progress.update(10)  # too soon to be read
+            now = 102.0
+            progress.update(2000)
+        assert stream.getvalue() == expected
+
+
+# ------------------------------------------------------------------------------------------------ destructive verbs
+
+
+@pytest.mark.parametrize("verb", ["purge", "rm"])
+def test_what_destroys_asks_first(broker: Broker, topic: str, verb: str) -> None:
+    def messages() -> int | None:
+        return {one["name"]: one["messages"] for one in broker.json("topic", "ls")}.get(topic)
+
+    broker.lines("pub", topic, "x")
+    done = broker.idemq("topic", verb, topic)
+    assert done.returncode == errors.USAGE
+    assert f"topic {topic}: 1 messages" in done.stderr
+    assert "--yes" in done.stderr
+    code, shown = in_terminal(broker, "topic", verb, topic, typed=b"n\n")
+    assert (code, messages()) == (errors.FAILURE, 1)
+    assert "Nothing was changed" in shown
+    code, _ = in_terminal(broker, "topic", verb, topic, typed=b"\n")
+    assert (code, messages()) == (errors.FAILURE, 1)
+    code, _ = in_terminal(broker, "topic", verb, topic, typed=b"y\n")
+    assert (code, messages()) == (0, 0 if verb == "purge" else None)
+    if verb == "rm":
+        assert broker.idemq("topic", "rm", topic, "--yes").returncode == errors.FAILURE
+
+
+def test_forgetting_a_producer_asks_and_says_what_it_costs(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, "--producer", "forget-me", input="1\n2\n")
+    done = broker.idemq("producer", "rm", "forget-me")
+    assert done.returncode == errors.USAGE
+    assert "last number 1" in done.stderr
+    assert broker.last_seq("forget-me") == 1
+    broker.lines("producer", "rm", "forget-me", "--yes")
+    assert broker.last_seq("forget-me") == -1
+
+
+def test_alter_changes_what_is_named_and_nothing_else(broker: Broker, topic: str) -> None:
+    broker.lines("topic", "alter", topic, "--retention", "7d", "--retention-bytes", "1GiB")
+    altered = broker.json("topic", "alter", topic, "--partitions", "2")
+    assert (altered["partitions"], altered["retention"], altered["retention_bytes"]) == (2, 604800.0, 1 << 30)
+    altered = broker.json("topic", "alter", topic, "--retention", "none")
+    assert (altered["partitions"], altered["retention"], altered["retention_bytes"]) == (2, None, 1 << 30)
+
+
+# ----------------------------------------------------------------------------------------------------- pub and sub
+
+
+def test_lines_are_messages_byte_for_byte(broker: Broker, topic: str) -> None:
+    lines = [b"", b"one", b" two ", b"\xff\x00", b"crlf\r", "ü".encode()]
+    done = broker.idemq("pub", topic, "-", input=b"\n".join(lines))
+    assert "The last line has no line end" in done.stderr
+    with broker.popen("sub", topic, "--exit-at-end") as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == b"".join(line + b"\n" for line in lines)
+
+
+def test_messages_as_json_lines(broker: Broker, topic: str) -> None:
+    async def send() -> None:
+        async with idemq.connect(broker.url) as mq:
+            await mq.send(topic, b"\xff", key="ü".encode(), headers={"text": b"a", "bytes": b"\xfe"})
+
+    asyncio.run(send())
+    broker.lines("pub", topic, "text", "-k", "k", "--producer", "json-lines")
+    before = int(time.time() * 1000)
+    first, second = map(json.loads, broker.lines("sub", topic, "--exit-at-end", "--json"))
+    assert first.keys() >= {"topic", "partition", "offset", "key", "value", "headers", "timestamp", "seq", "uid"}
+    assert (first["topic"], first["partition"], first["offset"], first["seq"]) == (topic, 0, 0, 0)
+    assert (base64.b64decode(first["value"]), first["value_base64"], first["key"]) == (b"\xff", True, "ü")
+    assert first["headers"] == {"text": "a", "bytes": "/g==", "bytes_base64": True}
+    assert 0 <= before - first["timestamp"] < 3_600_000
+    assert (second["value"], second["key"], second["headers"]) == ("text", "k", {})
+    assert "value_base64" not in second
+    assert len({first["uid"], second["uid"]}) == 2
+
+
+def test_where_to_read_from_and_when_to_end(broker: Broker, topic: str) -> None:
+    assert broker.lines("sub", topic, "--exit-at-end") == []
+    broker.lines("pub", topic, input="0\n1\n2\n")
+    assert broker.lines("sub", topic, "-n", "2") == ["0", "1"]
+    assert broker.lines("sub", topic, "-n", "2", "--from", "1") == ["1", "2"]
+    assert broker.lines("sub", topic, "-n", "9", "--exit-at-end") == ["0", "1", "2"]
+    assert broker.lines("sub", topic, "--exit-at-end", "--from", "latest") == []
+    assert broker.lines("sub", topic, "--exit-at-end", "--from", "2000-01-01") == ["0", "1", "2"]
+    assert broker.lines("sub", topic, "--exit-at-end", "--from", "2000-01-01T00:00:00+00:00") == ["0", "1", "2"]
+    assert broker.lines("sub", topic, "--exit-at-end", "--from", "2100-01-01") == []
+    assert broker.idemq("sub", topic, "--from", "4").returncode == errors.USAGE
+    with broker.popen("sub", topic, "-n", "1", "--from", "latest") as process:
+        assert process.stdout is not None
+
+        def arrived() -> bool:
+            broker.lines("pub", topic, "late")
+            return process.poll() is not None
+
+        wait_for(arrived)
+        assert process.stdout.read() == b"late\n"
+        assert process.returncode == 0
+
+
+def test_reading_to_the_end_does_not_hang_when_the_broker_goes(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as broker:
+        broker.lines("topic", "create", "t")
+        broker.lines("pub", "t", input="x" * 10_000 + "\n" + "y" * 999 + "\n")
+        broker.lines("pub", "t", input=("z" * 999 + "\n") * 40_000)  # more than is read ahead
+        with broker.popen("sub", "t", "--exit-at-end", "--timeout", "1") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert len(process.stdout.readline()) == 10_001
+            broker.process.kill()
+            broker.process.wait(SECONDS_MAX)
+            process.stdout.read()
+            assert process.wait(SECONDS_MAX) == errors.UNREACHABLE
+            assert "did not come within 1 s" in process.stderr.read().decode()
+
+
+def test_a_line_beyond_the_limit_is_refused_and_those_before_it_are_stored(broker: Broker, topic: str) -> None:
+    done = broker.idemq("pub", topic, "--producer", topic, input=b"one\ntwo\n" + b"x" * (9 << 20))
+    assert done.returncode == errors.FAILURE
+    assert "line 3 is longer than" in done.stderr
+    assert "TOO_LARGE" in done.stderr
+    assert broker.lines("sub", topic, "--exit-at-end") == ["one", "two"]
+
+
+def test_a_numbered_value_is_a_one_line_input(broker: Broker, topic: str) -> None:
+    assert broker.json("pub", topic, "once", "--producer", topic)["stored"] == 1
+    assert broker.json("pub", topic, "once", "--producer", topic)["duplicates"] == 1
+    assert broker.lines("sub", topic, "--exit-at-end") == ["once"]
+
+
+def test_a_numbered_load_killed_again_and_again_is_exact(
+    broker: Broker, topic: str, flights: list[bytes], tmp_path: Path
+) -> None:
+    seed = 20130101
+    random = Random(seed)
+    source = tmp_path / "flights.csv"
+    source.write_bytes(b"".join(line + b"\n" for line in flights))
+    kills = 0
+    for _ in range(6):
+        before = broker.last_seq(topic)
+        with source.open("rb") as stdin, broker.popen("pub", topic, "--producer", topic, stdin=stdin) as load:
+            # Killed as soon as something new is stored, and a moment later: what else is in the air is anybody's guess.
+            wait_for(lambda: broker.last_seq(topic) > before or load.poll() is not None)  # noqa: B023
+            time.sleep(random.uniform(0, 0.02))
+            kills += load.poll() is None
+            load.kill()
+    assert kills
+    with source.open("rb") as stdin, broker.popen("pub", topic, "--producer", topic, "--json", stdin=stdin) as load:
+        assert load.stdout is not None
+        summary = json.load(load.stdout)
+        assert load.wait(SECONDS_MAX) == 0
+    assert summary["stored"] + summary["duplicates"] == len(flights)
+    assert summary["duplicates"] > 0
+    assert summary["last_seq"] == len(flights) - 1
+    with broker.popen("sub", topic, "--exit-at-end") as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == source.read_bytes()
+
+
+def test_lines_are_sent_as_they_come(broker: Broker, topic: str) -> None:
+    with broker.popen("pub", topic) as process:
+        assert process.stdin is not None
+        for number in range(3):
+            process.stdin.write(b"%d\n" % number)
+            process.stdin.flush()
+            wait_for(lambda: len(broker.lines("sub", topic, "--exit-at-end")) == number + 1)  # noqa: B023
+        process.stdin.close()
+        assert process.wait(SECONDS_MAX) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- healthcheck
+
+
+def test_healthcheck_asks_the_broker_of_its_environment(broker: Broker, free_port: int) -> None:
+    assert idemq_command("healthcheck", IDEMQ_HTTP_PORT=str(broker.http_port), IDEMQ_HOST="0.0.0.0").returncode == 0
+    done = idemq_command("healthcheck", IDEMQ_HTTP_PORT=str(free_port))
+    assert done.returncode == 1
+    assert "Not healthy" in done.stderr
+    assert idemq_command("healthcheck", IDEMQ_HTTP_PORT="0").returncode == 1
+    assert idemq_command("healthcheck", IDEMQ_HTTP_PROT="0").returncode == 1
+    assert idemq_command("healthcheck", "--url", broker.url).returncode == 0
+    done = idemq_command("healthcheck", "--url", f"idemq://127.0.0.1:{free_port}", "--timeout", "0.3")
+    assert done.returncode == 1
+
+
+def test_healthcheck_tells_a_server_that_is_not_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            [*CLI, "healthcheck"],
+            env=environment(IDEMQ_HTTP_PORT=str(listener.getsockname()[1])),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with process:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+                assert process.wait(SECONDS_MAX) == 1
+            assert process.stderr is not None
+            assert "/healthz answers 503" in process.stderr.read()
+
+
+def test_serve_says_where_it_listens_and_ends_well(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as broker:
+        assert broker.idemq("ping").returncode == 0
+        broker.process.terminate()
+        assert broker.process.wait(SECONDS_MAX) == 0
