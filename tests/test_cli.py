@@ -744,3 +744,38 @@ def test_serve_says_where_it_listens_and_ends_well(tmp_path: Path) -> None:
         assert broker.idemq("ping").returncode == 0
         broker.process.terminate()
         assert broker.process.wait(SECONDS_MAX) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_clean_in_use_and_damaged(tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    with serving(directory) as broker:
+        broker.lines("topic", "create", "t")
+        broker.lines("pub", "t", "a value to be found again", "--producer", "p")
+        done = idemq_command("verify", str(directory))
+        assert done.returncode == errors.CONFIGURATION
+        assert done.stdout == ""
+    done = idemq_command("verify", IDEMQ_DATA_DIR=str(directory))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"clean\ttrue", "rows of log\t1", "rows of topics\t1"} <= set(done.stdout.splitlines())
+    (data,) = directory.rglob("data.mdb")
+    data.write_bytes(data.read_bytes().replace(b"a value to be found again", b"A value to be found again"))
+    done = idemq_command("verify", str(directory), "--json")
+    assert done.returncode == errors.FAILURE
+    document = json.loads(done.stdout)
+    assert document["clean"] is False
+    assert document["findings"][0]["where"].startswith("log ")
+    assert "Damaged" in done.stderr
+    done = idemq_command("verify", str(directory))
+    assert (done.returncode, done.stdout.splitlines()[-1].split("\t")[0]) == (1, document["findings"][-1]["where"])
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_verify_refuses_what_is_no_data_directory(tmp_path: Path, name: str) -> None:
+    done = idemq_command("verify", str(tmp_path / name))
+    assert done.returncode == errors.CONFIGURATION
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
