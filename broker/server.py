@@ -14,8 +14,11 @@ core. Anything else that goes wrong in the decision path ends the process, and t
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import resource
+import sys
+import termios
 import threading
 import time
 from collections import Counter, deque
@@ -269,7 +272,7 @@ class _Peer(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._stalled = True
-        self._stalled_bytes = self._transport.get_write_buffer_size()
+        self._stalled_bytes = self._unread_bytes()
         self._receive(False)
         self._server.stalls.start(self, self._server.now().mono_ms)
         self._server.frames.stop(self)
@@ -465,6 +468,7 @@ class _Peer(asyncio.Protocol):
         self.closing = True
         self._frames = self._held = None
         self._leave()
+        self._server.lingering.stop(self)
         self._transport.abort()
 
     def _leave(self) -> None:
@@ -477,14 +481,20 @@ class _Peer(asyncio.Protocol):
         self._reads.clear()
         server.disconnected(self)
 
-    def stall_is_over(self, now: Now) -> bool:
-        """The deadline of a peer that does not read: starts anew if it has read at all."""
-        size = self._transport.get_write_buffer_size()
-        progress, self._stalled_bytes = size < self._stalled_bytes, size
+    def has_read(self, now: Now) -> bool:
+        """Has a peer that stalled read anything since its time began? Then it begins anew."""
+        unread = self._unread_bytes()
+        progress, self._stalled_bytes = unread < self._stalled_bytes, unread
         if progress:
             self._server.stalls.stop(self)
             self._server.stalls.start(self, now.mono_ms)
         return progress
+
+    def _unread_bytes(self) -> int:
+        """What the peer has not acknowledged. Our buffer alone shrinks in the kernel's steps: seldom on a slow line."""
+        queued = bytearray(4)
+        fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self._transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
 
 _LISTINGS = (wire.Metadata, wire.Producers)
@@ -659,7 +669,7 @@ class Server:
         for peer in self.frames.due(now.mono_ms):
             peer.refuse(f"a frame that did not end within {self.config.frame_ms_max} ms (frame_ms_max)")
         for peer in self.stalls.due(now.mono_ms):
-            if not peer.stall_is_over(now):
+            if not peer.has_read(now):
                 log.warning("%s reads nothing: disconnected (send_stall_ms_max)", peer.connection.address)
                 peer.cut()
         for peer in self.lingering.due(now.mono_ms):
