@@ -722,7 +722,8 @@ def decode(header: bytes | memoryview) -> tuple[int, Any]:
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         # An ill-formed header breaks the protocol; a well-formed one with a field out of range is a refused request.
         fatal = correlation == 0
-        raise WireError(Code.BAD_REQUEST, str(error)[:200], fatal=fatal, correlation=correlation) from None
+        text = str(error)[:200] or f"the header is no msgpack: {type(error).__name__}"
+        raise WireError(Code.BAD_REQUEST, text, fatal=fatal, correlation=correlation) from None
 
 
 class Splitter:
