@@ -1,0 +1,27 @@
+"""The measurements work and say what they measured. Which figures come out is nobody's condition."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from idemq.bench import main
+from idemq.bench.figures import FIGURES
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_each_figure_is_measured(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([figure, "--quick", "--rounds", "1", "--size", "100", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["quick"] is True
+    assert document["machine"]["python"]
+    assert document["figures"]
+    for row in document["figures"]:
+        assert 0 < row["low"] <= row["median"] <= row["high"], row
+
+
+def test_a_wrong_figure_is_a_usage_error() -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["nonsense"])
+    assert end.value.code == 2
