@@ -314,6 +314,13 @@ def test_69_unreachable(free_port: int) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_69_a_person_is_told_what_is_waited_for(broker: Broker, free_port: int) -> None:
+    code, shown = in_terminal(broker, "ping", "--timeout", "3", "--url", f"idemq://127.0.0.1:{free_port}")
+    assert code == errors.UNREACHABLE
+    assert shown.startswith(f"Waiting for a broker at 127.0.0.1:{free_port}, 3 s at most.")
+    assert "Waiting" not in idemq_command("ping", "--timeout", "2", IDEMQ_URL=f"idemq://127.0.0.1:{free_port}").stderr
+
+
 def test_75_retry_later(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "--topics-max", "1") as broker:
         broker.lines("topic", "create", "one")
@@ -693,6 +700,14 @@ def test_a_numbered_load_killed_again_and_again_is_exact(
     with broker.popen("sub", topic, "--exit-at-end") as process:
         assert process.stdout is not None
         assert process.stdout.read() == source.read_bytes()
+
+
+def test_lines_typed_at_a_terminal_end_with_ctrl_d(broker: Broker, topic: str) -> None:
+    code, shown = in_terminal(broker, "pub", topic, typed=b"one\ntwo\n\x04")
+    assert code == 0
+    assert "Ctrl-D ends" in shown
+    assert "\nstored      2\n" in shown
+    assert broker.lines("sub", topic, "--exit-at-end") == ["one", "two"]
 
 
 def test_lines_are_sent_as_they_come(broker: Broker, topic: str) -> None:

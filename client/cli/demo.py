@@ -32,7 +32,7 @@ MESSAGES = 20_000
 PARTITIONS = 3
 KILLS = 4
 """Of the broker while it loads, and of the loader."""
-KILL_DELAY_S_MAX = 0.02
+KILL_DELAY_S_MAX = 0.01
 """A kill follows the loader's word within this time, so that it falls into the next chunk at any place."""
 SECONDS_MAX = 120.0
 """Something hangs. It takes about 10 s."""

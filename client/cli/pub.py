@@ -25,6 +25,8 @@ from .output import Progress, moment, number, record, say
 
 READ_BYTES = 1 << 20
 """What is read, sent and waited for at a time; a killed run loses no more than the reading of it."""
+PIPE_BYTES = 64 << 10
+"""What a pipe holds, and so all that one read of it gives."""
 
 
 def _pub(args: Namespace) -> int:
@@ -41,9 +43,10 @@ def _pub(args: Namespace) -> int:
 
 
 async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | None) -> None:
-    total = _size(sys.stdin.fileno()) if value is None else None
-    if total is None and value is None and sys.stdin.isatty():
+    typed = value is None and sys.stdin.isatty()
+    if typed:
         say("Every line is a message; Ctrl-D ends.")
+    total = _size(sys.stdin.fileno()) if value is None else None
     stored = skipped = lines = read_bytes = 0
     async with mq.producer(args.producer) as producer:
         with Progress("lines", total) as progress:
@@ -59,7 +62,8 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | 
                     skipped += summary.duplicates
                     lines += len(chunk)
                     read_bytes += sum(map(len, chunk)) + len(chunk)
-                    progress.update(lines, read_bytes)
+                    if not typed:  # a progress line would be written into what is typed
+                        progress.update(lines, read_bytes)
             except IdemqError as error:
                 progress.clear()
                 say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
@@ -90,39 +94,41 @@ async def _read_lines(descriptor: int) -> AsyncIterator[list[bytes]]:
     """Lines without their line ends, as many as can be had at once, waiting without holding up the loop."""
     rest = b""
     number = 0
-    while data := await _read(descriptor):
+    async for data in _read(descriptor):
         *lines, rest = (rest + data).split(b"\n")
         number += len(lines)
-        if len(rest) > MESSAGE_BYTES_MAX:
-            raise MessageTooLarge(f"line {number + 1} is longer than {MESSAGE_BYTES_MAX} bytes")
         if lines:
             yield lines
+        if len(rest) > MESSAGE_BYTES_MAX:
+            raise MessageTooLarge(f"line {number + 1} is longer than {MESSAGE_BYTES_MAX} bytes")
     if rest:
         say("The last line has no line end: it is sent as it is.")
         yield [rest]
 
 
-async def _read(descriptor: int) -> bytes:
-    """What can be read now, at most READ_BYTES; waits for the first byte. Empty: the end.
+async def _read(descriptor: int) -> AsyncIterator[bytes]:
+    """What can be read at once, READ_BYTES and a little more at most, again and again until the end.
 
     Files are always ready, and the loop cannot wait for them; everything else is asked first, so that Ctrl-C works.
     """
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.read(descriptor, READ_BYTES)
+        while data := os.read(descriptor, READ_BYTES):
+            yield data
+        return
     pieces: list[bytes] = []
-    left = READ_BYTES
-    while left:
+    while True:
         ready, _, _ = select.select([descriptor], [], [], 0)
-        if not ready:
-            if pieces:
-                break
+        if pieces and (not ready or sum(map(len, pieces)) >= READ_BYTES):
+            yield b"".join(pieces)
+            pieces = []
+        elif not ready:
             await _readable(descriptor)
-        piece = os.read(descriptor, left)
-        if not piece:
+        elif piece := os.read(descriptor, PIPE_BYTES):
+            pieces.append(piece)
+        else:
             break
-        pieces.append(piece)
-        left -= len(piece)
-    return b"".join(pieces)
+    if pieces:
+        yield b"".join(pieces)
 
 
 async def _readable(descriptor: int) -> None:
