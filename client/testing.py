@@ -42,8 +42,8 @@ HELD_BYTES_MAX = 64 << 20
 HELD_CONNECTIONS_MAX = 64
 """Old connections whose late bytes wait. Beyond it the oldest is dropped."""
 HELD_SECONDS_MAX = 60.0
-"""How long late bytes wait for the client to come back."""
-LINGER_SECONDS_MAX = 2.0
+"""How long late bytes wait for the client to come back, and then for the broker to take them."""
+LINGER_SECONDS_MAX = 10.0
 """How long a cut waits for the bytes before it to arrive, and a FIN for the other side's FIN."""
 CONNECT_SECONDS_MAX = 10.0
 """How long a link waits for the broker to accept."""
@@ -470,7 +470,7 @@ class _Connection:
                 deliver = await self.released
             if deliver:
                 rest = memoryview(bytes(self.held))
-                async with asyncio.timeout(LINGER_SECONDS_MAX):
+                async with asyncio.timeout(HELD_SECONDS_MAX):
                     while rest:
                         sent = await _send(self._upstream, rest)
                         rest = rest[sent:]
@@ -654,7 +654,7 @@ class Link:
     async def deliver_held(self) -> int:
         """Deliver all held bytes to the broker now; returns how many connections' arrived.
 
-        It returns when the broker has read them and closed those connections, or after a few seconds.
+        It returns when the broker has read them and closed those connections, or 10 s after sending the last.
         """
         before = self.counts.late_deliveries
         await self._release(deliver=True)
