@@ -151,6 +151,7 @@ class FatalError(IdemqError):
     """Sending it again changes nothing."""
 
     code = "FATAL"
+    remedy = "Use a newer client: it does not know what its broker refused."
 
 
 class AuthError(FatalError):
@@ -163,6 +164,7 @@ class PermissionDenied(FatalError):
     """The token does not allow this."""
 
     code = "PERMISSION_DENIED"
+    remedy = "Use a token that allows it."
 
 
 class InvalidRequest(FatalError):
