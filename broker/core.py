@@ -6,10 +6,10 @@
     tick(now)                                               does what is due, says when to come again
 
 It may not know a socket, a clock, a thread, a file or LMDB: time comes in as an argument, committed rows through
-`Rows`, connections as opaque handles. Decisions are made on the decided state (committed rows under everything decided since);
-a reply that rests on it leaves only through `committed()`, when all it rests on is durable (PROTOCOL rule 9). So "no
-acknowledgement before durable" is a property of this file and not a habit of the server. After a group commit failed
-nothing here is worth keeping: the server closes every connection and makes a new Core from the store (rule 13).
+`Rows`, connections as opaque handles. Decisions are made on the decided state (committed rows under everything decided
+since); a reply that rests on it leaves only through `committed()`, when all it rests on is durable (PROTOCOL rule 9).
+So "no acknowledgement before durable" is a property of this file and not a habit of the server. After a group commit
+failed nothing here is worth keeping: the server closes every connection and makes a new Core from the store (rule 13).
 
 A handler decides first and writes then: every check stands before the first change, so a refusal leaves no trace.
 """

@@ -47,7 +47,11 @@ def granting(row: OffsetRow | None, request: Grant, number: int, start: int) -> 
 
 def refusal(row: OffsetRow | None, entry: Offset, forward_only: bool) -> Failed | None:
     """Rule 7 (and 15 with `forward_only`): may this entry move the position?"""
-    where = {"group": entry.group, "topic_id": entry.topic_id, "partition": entry.partition}
+    where: dict[str, int | str | None] = {
+        "group": entry.group,
+        "topic_id": entry.topic_id,
+        "partition": entry.partition,
+    }
     if row is None or entry.lease != row.lease:
         ended_at = row.ended_at if row is not None and row.ended_lease == entry.lease else None
         text = f"group {entry.group!r} no longer leases partition {entry.partition} under {entry.lease}"
