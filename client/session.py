@@ -452,7 +452,6 @@ class Session:
         self._frames.clear()
         for call in self._calls:
             call.ticket = 0
-            call.retry_at = 0.0
         self._outstanding.clear()
         for producer in self.producers:
             producer.sent = 0
@@ -550,7 +549,6 @@ class Session:
         """Nobody waits for this call any more: it is not repeated, its answer is dropped."""
         if call is not None:
             self._calls.pop(call, None)
-            call.waiter = call.on_answer = None
 
     def topic(self, now: float, name: str) -> Topic | None:
         """What is known of a topic, if it is known; old knowledge is refreshed behind the caller's back."""
@@ -797,8 +795,6 @@ class Session:
         `timeout` is a progress deadline: it starts again with each commit that is answered.
         """
         self._dirty[producer] = None
-        for commit in producer.queue:
-            commit.linger_until = 0.0
         if not producer.queue:
             self._complete(waiter, self._report(producer))
             return

@@ -44,6 +44,7 @@ from idemq import (
     OutcomeUnknown,
     ProducerFenced,
     ProtocolMismatch,
+    QuotaExceeded,
     Receipt,
     Record,
     RetriableError,
@@ -261,6 +262,8 @@ def test_c2_also_when_a_later_commit_is_answered_first() -> None:
     assert producer.last_seq == 1
     script.send(producer, "2")
     assert script.links == [(-1, 0), (1, 2)]
+    script.answer(stored(0, duplicate=True))
+    assert producer.last_seq == 1
 
 
 def test_an_empty_queue_goes_on_from_what_is_stored() -> None:
@@ -482,6 +485,13 @@ def test_a_gap_without_a_refusal_before_it_ends_the_producer() -> None:
         script.send(producer, "2")
 
 
+def test_a_refusal_that_is_no_gap_is_the_reason() -> None:
+    script, producer = sent(2)
+    script.answer(refused(Code.SEQUENCE_GAP))
+    script.answer(refused(Code.PRODUCER_FENCED, ended_at=-1))
+    assert type(producer.error) is ProducerFenced
+
+
 def test_a_conflict_ends_the_producer_and_leaves_the_rest_unknown() -> None:
     script, producer = sent(2)
     script.answer(refused(Code.SEQUENCE_CONFLICT))
@@ -637,6 +647,15 @@ def test_a_send_many_that_nobody_waits_for_leaves_its_failures_for_flush() -> No
     script.answer(refused(Code.SEQUENCE_GAP))
     script.answer(refused(Code.TOO_LARGE))
     assert [error.code for error in producer.unreported] == ["TOO_LARGE", "TOO_LARGE"]
+
+
+def test_a_failure_that_send_many_had_not_raised_when_it_ended_is_told_by_flush() -> None:
+    script, producer = ready()
+    tally = script.many(producer, b"a")
+    script.answer(refused(Code.TOO_LARGE))
+    script.session.abandon(producer, tally)
+    script.flush(producer, "flush")
+    assert script.told["flush"].code == "TOO_LARGE"
 
 
 def test_a_send_many_is_told_its_first_failure_and_flush_nothing() -> None:
@@ -834,8 +853,9 @@ def test_sends_wait_for_their_topic_in_their_order() -> None:
     assert [script.told[str(n)].offset for n in range(6)] == [10, 20, 11, 21, 12, 22]
 
 
-def test_a_topic_that_does_not_exist_fails_its_own_sends_only() -> None:
-    script, producer = ready()
+@pytest.mark.parametrize("batch_bytes", [1, 1000])
+def test_a_topic_that_does_not_exist_fails_its_own_sends_only(batch_bytes: int) -> None:
+    script, producer = ready(batch_bytes=batch_bytes)
     for waiter, topic in (("a", "t"), ("b", "none"), ("c", "t")):
         script.session.enqueue(script.now, producer, topic, Record(b""), waiter, inf)
     script.pump()
@@ -948,6 +968,39 @@ def test_an_open_that_is_refused_as_fenced_is_not_tried_again() -> None:
     script.reconnect()
     script.sleep(60)
     assert script.asked == [] or [type(frame.request) for frame in script.asked] == [wire.Ping]
+
+
+def test_a_refused_open_fails_what_waits_for_it() -> None:
+    script = Script()
+    script.connect()
+    producer = script.producer(opened=False, anonymous=True)
+    script.send(producer, "a")
+    script.answer(refused(Code.QUOTA_EXCEEDED))
+    assert script.told["a"].code == "QUOTA_EXCEEDED"
+    with pytest.raises(QuotaExceeded):
+        script.send(producer, "b")
+
+
+def test_an_open_that_is_not_answered_in_time_may_be_tried_again() -> None:
+    script = Script()
+    script.connect()
+    producer = script.producer(opened=False)
+    script.session.open(script.now, producer, "late", script.now + 5)
+    script.sleep(6)
+    assert isinstance(script.told["late"], OutcomeUnknown)
+    script.session.open(script.now, producer, "open", inf)
+    script.reconnect()
+    script.answer(wire.Opened(3, 7, 12, None))
+    assert script.told["open"] is producer
+
+
+def test_a_producer_made_after_the_end_has_ended() -> None:
+    script = Script()
+    script.connect()
+    script.session.close(script.now)
+    producer = script.producer(opened=False)
+    with pytest.raises(ClientClosed):
+        script.send(producer, "a")
 
 
 def test_an_anonymous_producer_is_opened_by_its_first_use() -> None:
@@ -1082,10 +1135,14 @@ def test_a_dial_that_fails_is_tried_again_and_again() -> None:
     script = Script()
     script.session.call(script.now, wire.Ping(), "ping", script.now + 30)
     script.pump()
+    pauses = []
     for dials in range(1, 8):
         assert script.dials == dials
         script.lose("refused")
+        pauses.append(script.session.wake_at - script.now)
         script.sleep(2.0)
+    assert pauses[0] <= 0.05
+    assert pauses[6] >= 1.0
     script.session.connected(script.now)
     script.pump()
     script.answer(wire.Welcome(1, "b", b"i", 5, 32))
@@ -1189,6 +1246,13 @@ def test_flush_overrides_linger() -> None:
     assert script.links == [(-1, 0), (0, 1)]
     script.answer(stored())
     assert script.told["flush"] is None, "it waits for what came before it, not for what came after"
+
+
+def test_a_transaction_overrides_linger() -> None:
+    script, producer = ready(linger_s=3.0, batch_bytes=1000)
+    script.send(producer, "a")
+    script.transact(producer, "tx", b"b")
+    assert script.links == [(-1, 0), (0, 1)]
 
 
 def test_flush_and_finish_have_a_deadline_that_progress_renews() -> None:
