@@ -719,13 +719,12 @@ def _format(environment: Any, directory: Path) -> int:
 
 
 def _refusal(directory: Path, error: Exception) -> StoreError:
-    if isinstance(error, OSError):
+    # LMDB's own complaints have their classes; those of the system have these, or none.
+    system = OSError | lmdb.LockError | lmdb.ReadonlyError | lmdb.DiskError | lmdb.MemoryError
+    if isinstance(error, system) or type(error) is lmdb.Error:
         return StoreError(
-            Reason.STORE_UNREADABLE, f"{directory} cannot be used: {error}: check its owner, permissions and mount"
-        )
-    if isinstance(error, lmdb.LockError | lmdb.ReadonlyError) or "Permission denied" in str(error):
-        return StoreError(
-            Reason.STORE_UNREADABLE, f"{directory} cannot be used: {error}: check its owner, permissions and mount"
+            Reason.STORE_UNREADABLE,
+            f"{directory} cannot be used: {error}: check its owner, its permissions, the mount and the free space",
         )
     return StoreError(
         Reason.STORE_DAMAGED,

@@ -1,0 +1,158 @@
+"""A history of group commits, the same for the same seed, and what a store holds after each of them.
+
+The groups come from a real core, so that every invariant of a data directory holds in them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from idemq.broker import store
+from idemq.broker.core import Connection, Core, Group, Limits, Now
+from idemq.broker.groups import OffsetKey
+from idemq.broker.producers import ProducerRow
+from idemq.broker.store import MemoryStore, Storage
+from idemq.client import wire
+from idemq.client.wire import Settings
+
+PARTITIONS = 2
+PRODUCERS = 14
+GROUPS = ("alpha", "beta")
+BODIES = (0, 40, 300, 1500, 5000, 9000, 30_000)
+START_MS = 1_700_000_000_000
+
+Content = tuple[Any, ...]
+
+
+def hurry() -> None:
+    """Let rows that wait in deltas move on within a few commits, in this process, so that each stage of it is met."""
+    store.LAZY_BYTES_MAX = 3000
+    store.LAZY_DELTAS_MAX = 4
+    store.LAZY_STEP_ROWS = 3
+
+
+def content(of: Storage) -> Content:
+    """All that a store answers."""
+    topics = list(of.topics())
+    where = [(topic.topic_id, index) for topic in topics for index in range(len(topic.floors))]
+    logs = []
+    for topic_id, index in where:
+        ends = of.partition(topic_id, index)
+        first = 0 if ends is None else ends.first_offset
+        logs.append((ends, of.read(topic_id, index, first, 1 << 30, 1 << 60)))
+    keys = [OffsetKey(group, *one) for group in GROUPS for one in where]
+    names = of.producer_names("", 1000)
+    producers = of.producers_from(0, 1000)
+    return (
+        of.space().txn_id,
+        of.counter(),
+        of.producer_count(),
+        tuple(topics),
+        tuple(logs),
+        tuple([of.offset(key) for key in keys]),
+        tuple(names),
+        tuple(producers),
+        tuple([of.producer(producer_id) for _, producer_id in names]),
+    )
+
+
+def history(seed: int, count: int) -> tuple[list[Group], list[Content]]:
+    """(groups, what is stored before the first of them and after each)."""
+    memory = MemoryStore()
+    groups: list[Group] = []
+    contents = [content(memory)]
+    for group in _groups(memory, random.Random(seed)):
+        memory.commit(group)
+        groups.append(group)
+        contents.append(content(memory))
+        if len(groups) == count:
+            return groups, contents
+    raise AssertionError("the history has no end")
+
+
+def _groups(memory: MemoryStore, dice: random.Random) -> Iterator[Group]:
+    """Each group must be committed to `memory` before the next is asked for."""
+    core = Core(memory, Limits())
+    connection = core.connect("address")
+    assert isinstance(connection, Connection)
+    core.step(Now(0, START_MS), connection, 0, wire.Hello(wire.VERSION, "workload"), b"")
+    step = 0
+    while True:
+        now = Now(step * 1500, START_MS + step * 1500)
+        core.tick(now)
+        if step == 0:
+            core.step(now, connection, 0, wire.CreateTopic("events", PARTITIONS, Settings()), b"")
+            core.step(now, connection, 0, wire.CreateTopic("kept", PARTITIONS, Settings(retention_bytes=40_000)), b"")
+        else:
+            for request, payload in _requests(memory, dice, step):
+                core.step(now, connection, 0, request, payload)
+        step += 1
+        group = core.begin()
+        if group is None:
+            continue
+        if group.writes:
+            yield group
+        core.committed(memory.space())
+
+
+def _requests(memory: MemoryStore, dice: random.Random, step: int) -> Iterator[tuple[Any, bytes]]:
+    topics = [topic for topic in memory.topics() if not topic.deleted]
+    known = memory.producers_from(0, 1000)
+    names = [f"producer-{index}" for index in range(PRODUCERS)]
+    for name in names if step == 1 else dice.sample(names, 1):
+        yield wire.Open(name, f"session-{step}", _epoch(memory, name), name.endswith("3")), b""
+    if len(topics) < 2:
+        yield wire.CreateTopic(f"topic-{step}", PARTITIONS, Settings()), b""
+    for row in dice.sample(known, min(len(known), dice.choice((0, 1, 2, 12)))):
+        yield from _commits(memory, dice, row, [topic.topic_id for topic in topics])
+    if step % 5 == 2:
+        topic = dice.choice(topics)
+        for group in GROUPS:
+            key = OffsetKey(group, topic.topic_id, 0)
+            lease = memory.offset(key)
+            yield wire.Grant(group, key.topic_id, 0, f"session-{step}", lease.lease if lease else 0), b""
+    if step % 7 == 5:
+        topic = dice.choice(topics)
+        ends = [memory.partition(topic.topic_id, index) for index in range(PARTITIONS)]
+        yield (
+            wire.PurgeTopic(topic.topic_id, [0 if end is None else (end.first_offset + end.next) // 2 for end in ends]),
+            b"",
+        )
+    if step % 11 == 10:
+        yield wire.DeleteTopic(dice.choice(topics).topic_id), b""
+    if step % 6 == 4 and known:
+        row = dice.choice(known)
+        yield wire.DeleteProducer(row.producer_id, row.epoch), b""
+
+
+def _epoch(memory: MemoryStore, name: str) -> int:
+    producer_id = memory.producer_id(name)
+    row = None if producer_id is None else memory.producer(producer_id)
+    return 0 if row is None else row.epoch
+
+
+def _commits(
+    memory: MemoryStore, dice: random.Random, row: ProducerRow, topic_ids: list[int]
+) -> Iterator[tuple[Any, bytes]]:
+    """A few commits of one producer, one behind the other; the last carries a group's position."""
+    seq = row.last_seq
+    for last in (False, False, True)[-dice.randint(1, 3) :]:
+        appends, batches = [], []
+        first = seq + 1
+        for _ in range(dice.randint(1, 2)):
+            count = dice.randint(1, 5)
+            topic_id, index = dice.choice(topic_ids), dice.randrange(PARTITIONS)
+            body = dice.randbytes(dice.choice(BODIES))
+            batch = wire.make_batch(0, count, topic_id, index, row.producer_id, first, first + count - 1, body)
+            appends.append(wire.Append(topic_id, index, len(batch)))
+            batches.append(batch)
+            first += count
+        offsets = []
+        key = OffsetKey(dice.choice(GROUPS), dice.choice(topic_ids), 0)
+        lease, ends = memory.offset(key), memory.partition(key.topic_id, 0)
+        if last and lease is not None and ends is not None and ends.next > lease.next:
+            offsets.append(wire.Offset(*key, lease.lease, lease.next, ends.next, b"metadata"))
+        yield wire.Commit(row.producer_id, row.epoch, seq, first - 1, appends, offsets, b"token"), b"".join(batches)
+        seq = first - 1
