@@ -18,6 +18,7 @@ from typing import NoReturn
 import uvloop
 
 from .config import Config, ConfigError, parser, resolve
+from .core import Damaged
 from .http import Http
 from .server import Server
 from .store import Store, StoreError, tune_allocator
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(config.to_toml())
             return 0
         return _run(config)
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, StoreError, Damaged) as error:
         sys.stderr.write(f"idemq: {error}\n")
         return EXIT_CONFIG
 
@@ -69,12 +70,13 @@ async def _serve(config: Config, store: Store, access_token: str) -> None:
             _fail()
         server.stop()
 
-    for one in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(one, stop)
     try:
         await server.start()
+        for one in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(one, stop)
         await http.start(config.host, config.http_port)
     except OSError as error:
+        server.end_threads()
         raise ConfigError(
             f"Cannot listen on {config.host}, ports {config.port} and {config.http_port}: {error}."
         ) from None

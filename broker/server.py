@@ -42,6 +42,8 @@ FDS_RESERVED = 128
 LINGERING_MAX = 64
 """Refused connections kept open until their peer has read why (`LINGER_MS`); beyond, the oldest is cut."""
 LINGER_MS = 1000
+TURN_FRAMES = 256
+"""Frames of one connection that are decided before others have their turn."""
 SWEEP_MS = 250
 """How often deadlines of connections are looked at, and so how late they may strike."""
 HOT_BYTES_MAX = 32 << 20
@@ -303,7 +305,7 @@ class _Peer(asyncio.Protocol):
             return
         server, connection = self._server, self.connection
         step, now = server.core.step, server.now()
-        whole, waits = False, self._must_wait()
+        whole, count, waits = False, 0, self._must_wait()
         try:
             while not waits and not self.closing:
                 frame = self._held or next(self._frames, None)
@@ -335,7 +337,8 @@ class _Peer(asyncio.Protocol):
                 elif connection.serial and self._splitter.bytes_max == wire.HELLO_BYTES_MAX:
                     self._splitter.bytes_max = wire.FRAME_BYTES_MAX
                     server.handshakes.stop(self)
-                waits = self._must_wait()
+                count += 1
+                waits = count >= TURN_FRAMES or self._must_wait()
         except wire.WireError as error:
             self._unanswered += 1
             text = error.text if connection.serial else f"this is not the Hello of an idemq client: {error.text}"
@@ -347,7 +350,6 @@ class _Peer(asyncio.Protocol):
         return (
             self._unanswered >= self._server.config.requests_max
             or self._listing is not None
-            or self._stalled
             or self in self._server.waiting_for_disk
         )
 
@@ -577,12 +579,12 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(self._unhandled)
         self._closed = self.loop.create_future()
-        for thread in self._threads:
-            thread.start()
         self._listener = await self.loop.create_server(
             lambda: _Peer(self), self.config.host, self.config.port, backlog=ACCEPT_BACKLOG
         )
         self.address = self._listener.sockets[0].getsockname()[:2]
+        for thread in self._threads:
+            thread.start()
         self._listening = True
         self._pump()
         self._sweep()
@@ -609,7 +611,8 @@ class Server:
         if self._timer is not None:
             self._timer.cancel()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def stop_further(self) -> None:
         """While stopping: once nothing waits for the disk, say goodbye; once all are gone, end."""

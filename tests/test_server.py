@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     made = MemoryStore() if request.param == "memory" else Store(tmp_path / "data")
     yield made
     made.close()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Until it holds; fails when it does not in good time."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def stored_bodies(client: Raw, partition: int = 0) -> list[bytes]:
@@ -360,10 +368,7 @@ def test_senders_are_paused_and_not_refused_while_the_disk_is_slow() -> None:
         sender.start()
         with running.connect() as other:
             assert store.waiting.wait(TIMEOUT_S)
-            deadline = time.monotonic() + TIMEOUT_S
-            while not running.server.waiting_for_disk and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert running.server.waiting_for_disk
+            wait_for(lambda: running.server.waiting_for_disk)
             # 8 MiB is the mark; one more commit may pass it. The rest waits in the sender's and our kernel buffers.
             assert running.server.core.building_bytes < 11 << 20
             assert isinstance(other.call(Ping()), Pong)
@@ -394,6 +399,22 @@ def test_a_connection_has_a_bounded_number_of_requests_waiting() -> None:
         assert max(len(group.appends) for group in store.groups) <= 5
 
 
+def test_one_busy_connection_leaves_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "TURN_FRAMES", 10)
+    with Running(MemoryStore()) as running, running.connect() as client:
+        steps: list[int] = []
+        take = server_module._Peer.take
+
+        def counted(peer: Any) -> None:
+            steps.append(0)
+            take(peer)
+
+        monkeypatch.setattr(server_module._Peer, "take", counted)
+        client.socket.sendall(b"".join(wire.encode(n, Ping()) for n in range(100)))
+        assert [client.expect()[0] for _ in range(100)] == list(range(100))
+        assert len(steps) >= 10
+
+
 def test_large_listings_are_made_one_at_a_time() -> None:
     store = Held()
     with Running(store) as running, running.connect() as client:
@@ -403,7 +424,9 @@ def test_large_listings_are_made_one_at_a_time() -> None:
         store.hold()
         client.send(*client.commit(0))
         assert store.waiting.wait(TIMEOUT_S)
+        received = running.server.counts.bytes_in
         client.socket.sendall(b"".join(wire.encode(100 + n, Metadata(None)) for n in range(200)))
+        wait_for(lambda: running.server.counts.bytes_in > received)
         with running.connect() as other:
             assert isinstance(other.call(Ping()), Pong)
             group = running.server.core._in_flight
@@ -502,9 +525,7 @@ def test_purge_and_trim_run_without_traffic(store: Storage) -> None:
         for number in range(3):
             client.call(*client.commit(number))
         assert client.call(PurgeTopic(client.topic_id, [2])) == Done()
-        deadline = time.monotonic() + TIMEOUT_S
-        while store.read(client.topic_id, 0, 0, 1 << 20, 3)[0][0] < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: store.read(client.topic_id, 0, 0, 1 << 20, 3)[0][0] == 2)
         assert [offset for offset, _, _ in store.read(client.topic_id, 0, 0, 1 << 20, 3)] == [2]
 
 
@@ -522,9 +543,7 @@ def test_stopping_answers_what_is_in_flight() -> None:
         client.send(Ping())
         assert isinstance(client.expect()[1], Pong)
         running.loop.call_soon_threadsafe(running.server.stop)
-        deadline = time.monotonic() + TIMEOUT_S
-        while not running.server.stopping and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: running.server.stopping)
         client.send(*client.commit(3))  # not read any more, and so not answered
         store.go.set()
         replies = [client.expect()[1] for _ in range(3)]
@@ -666,15 +685,10 @@ def test_http_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idemq.broker.http.CONNECTIONS_MAX", 2)
     with Running(MemoryStore()) as running:
         slow = [Raw(running.http_address, bare=True) for _ in range(2)]
-        deadline = time.monotonic() + TIMEOUT_S
-        while running.get("/healthz")[0] != 503 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.get("/healthz")[0] == 503
+        wait_for(lambda: running.get("/healthz")[0] == 503)
         for one in slow:
             one.socket.close()
-        while running.get("/healthz")[0] != 200 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.get("/healthz")[0] == 200
+        wait_for(lambda: running.get("/healthz")[0] == 200)
 
 
 def test_not_ready_while_stopping() -> None:
@@ -685,10 +699,7 @@ def test_not_ready_while_stopping() -> None:
         client.send(wire.Open("p", "s", 0))
         assert store.waiting.wait(TIMEOUT_S)
         running.loop.call_soon_threadsafe(running.server.stop)
-        deadline = time.monotonic() + TIMEOUT_S
-        while running.get("/readyz")[0] == 200 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.get("/readyz")[0] == 503
+        wait_for(lambda: running.get("/readyz")[0] == 503)
         assert running.get("/healthz")[0] == 200
         store.go.set()
         assert isinstance(client.expect()[1], Opened)
