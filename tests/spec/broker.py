@@ -175,7 +175,7 @@ Reply = TypeVar("Reply")
 
 
 class Disk(NamedTuple, Generic[Store, Reply]):
-    """Group commit: one group is being written while the next is decided. Replies are kept with a connection's serial."""
+    """Group commit: one group is being written while the next is decided. Replies keep a connection serial."""
 
     durable: Store
     writing: Store | None
