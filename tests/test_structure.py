@@ -97,7 +97,7 @@ def within(name: str, *parents: str) -> bool:
 
 
 def check_imports(tree: Tree) -> Iterator[str]:
-    """The import direction: `wire` <- everything; one owner each for LMDB and the event loop; a client without the broker."""
+    """The import direction: `wire` <- everything; LMDB and the event loop have owners; the client stands alone."""
     for path, module in modules(tree):
         folder = path.split("/")[0]
         may_be_lazy = path.startswith("client/cli/") or path == "client/testing.py"
