@@ -35,8 +35,8 @@ CLI = [sys.executable, "-m", "idemq.client.cli"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, with no setting of idemq but these."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("IDEMQ_")} | more
+    """This process's, with no setting of idemq and none of Python's buffers, but these."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("IDEMQ_", "PYTHONUNB"))} | more
 
 
 class Broker:
@@ -433,6 +433,13 @@ def test_a_reader_that_has_enough_ends_it_quietly(broker: Broker, topic: str) ->
         process.stdout.close()
         assert process.wait(SECONDS_MAX) == 0
         assert process.stderr.read() == b""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for argv in (["topic", "ls"], ["sub", topic, "-n", "1"], ["--help"]):
+        with broker.popen(*argv, stdout=writing) as process:
+            assert process.stderr is not None
+            assert (process.stderr.read(), process.wait(SECONDS_MAX)) == (b"", 0)
+    os.close(writing)
 
 
 def test_every_exception_has_its_exit_code() -> None:

@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding lacks is printed escaped
             sys.stdout.reconfigure(errors="backslashreplace")
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        try:
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # argparse: help was printed, or what is wrong
+            code = end.code if isinstance(end.code, int) else USAGE
         sys.stdout.flush()
-    except SystemExit as end:  # argparse: help was printed, or what is wrong
-        return end.code if isinstance(end.code, int) else USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
