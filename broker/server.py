@@ -17,6 +17,7 @@ import asyncio
 import fcntl
 import logging
 import resource
+import socket
 import sys
 import termios
 import threading
@@ -57,6 +58,9 @@ UNSENT_BYTES_MAX = 256 << 20
 LIVE_MS = 1000
 """Somebody writes, if there was a group commit within this time: catch-up reads are then paced."""
 ACCEPT_BACKLOG = 1024
+KEEPALIVE_S = 15
+"""Silence after which a peer is probed, and again after each probe; gone after KEEPALIVE_PROBES without an answer."""
+KEEPALIVE_PROBES = 4
 COMMIT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper bounds of the histogram of group commits."""
 
@@ -242,6 +246,7 @@ class _Peer(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         server = self._server
         self._transport.set_write_buffer_limits(high=server.config.send_buffer_bytes)
+        _keep_alive(transport.get_extra_info("socket"))
         name = transport.get_extra_info("peername")
         accepted = server.connected(self, f"{name[0]}:{name[1]}" if name else "")
         if isinstance(accepted, Failed):
@@ -497,6 +502,15 @@ class _Peer(asyncio.Protocol):
         queued = bytearray(4)
         fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self._transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice a peer whose machine or line is gone: nothing else would, on a connection that has nothing to send."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
 
 
 _LISTINGS = (wire.Metadata, wire.Producers)

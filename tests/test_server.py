@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -278,6 +279,40 @@ def test_the_log_before_the_start_is_read_by_the_reader_thread(store: Storage, m
         assert isinstance(client.call(Fetch([Range(client.topic_id, 0, 5)], 1000, 0)), Fetched)
     assert threads == ["idemq-reader", threads[1]]
     assert threads[1] != "idemq-reader"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_catching_up_is_paced_while_others_write(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    waits: list[float] = []
+    with Running(store, catch_up_bytes_per_s=1 << 20) as running, running.connect() as client:
+        client.create()
+        client.open()
+        monkeypatch.setattr(running.server._ending, "wait", waits.append)
+        client.call(*client.commit(0, bytes(1 << 20)))
+        running.server._hot = _HotTail()
+        running.server._live_until_ms = running.server.now().mono_ms + (60_000 if live else -1)
+        assert len(stored_bodies(client)) == 1
+    assert [round(seconds, 2) for seconds in waits] == ([1.0] if live else [])
+
+
+def test_fetches_get_less_the_more_clients_do_not_read() -> None:
+    with Running(MemoryStore()) as running:
+        server = running.server
+        read = a_read([], 8 << 20)
+        assert server.fetch_bytes(read) == 8 << 20
+        for count, expected in ((255, 1 << 20), (10_000, server_module.FETCH_BYTES_MIN)):
+            while len(server.stalls) < count:
+                server.stalls.start(server_module._Peer(server), server.now().mono_ms)
+            assert server.fetch_bytes(read) == expected
+
+
+def test_a_peer_that_vanished_is_noticed() -> None:
+    with Running(MemoryStore()) as running, running.connect():
+        [peer] = running.server._peers.values()
+        connection = peer._transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == server_module.KEEPALIVE_PROBES
 
 
 def stored(offset: int, size: int, partition: int = 0) -> Stored:
