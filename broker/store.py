@@ -573,18 +573,14 @@ def _filesystem(directory: Path) -> str:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except FileNotFoundError:
         return ""
-    device = os.stat(directory).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
     path = str(directory.resolve())
     best, kind = "", ""
     for line in lines:
-        left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        point = fields[4].encode().decode("unicode_escape")
+        mount, _, source = line.partition(" - ")
+        point = mount.split(" ")[4].encode().decode("unicode_escape")
         inside = path == point or path.startswith(point.rstrip("/") + "/")
-        # The device settles it, where the kernel shows the same one (it does not for each subvolume of btrfs).
-        if inside and (len(point), fields[2] == wanted) >= (len(best), False):
-            best, kind = point, right.split(" ")[0]
+        if inside and len(point) >= len(best):  # of two on one point the later hides the earlier
+            best, kind = point, source.split(" ")[0]
     return kind
 
 
