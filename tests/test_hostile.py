@@ -3,7 +3,6 @@
 Each test of the socket kind keeps a good client working on the same broker: it is the measure of harm.
 """
 
-import os
 import signal
 import socket
 import struct
@@ -47,7 +46,7 @@ from idemq.client.wire import (
 )
 
 from .raw import TIMEOUT_S, Closed, Raw, Running
-from .test_server import Held, start, stored_bodies
+from .test_server import Held, start, stored_bodies, wait_for
 
 CODES = {facts.code: request for request, facts in wire.REQUESTS.items()}
 HELLO = wire.encode(1, Hello(wire.VERSION, "test"))
@@ -514,24 +513,23 @@ def test_a_client_that_never_reads_is_disconnected() -> None:
 
 def test_a_client_that_reads_slowly_is_not_disconnected() -> None:
     with (
-        Running(MemoryStore(), send_stall_ms_max=500, send_buffer_bytes=64 << 10) as running,
+        Running(MemoryStore(), send_stall_ms_max=1000, send_buffer_bytes=64 << 10) as running,
         running.connect() as good,
         running.connect() as client,
     ):
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         good.create()
         good.open()
-        for number in range(4):
+        for number in range(8):
             good.call(*good.commit(number, b"x" * (1 << 20)))
         client.send(Fetch([Range(good.topic_id, 0, 0)], wire.FETCH_BYTES_MAX, 0))
-        received = 0
-        began = time.monotonic()
-        while received < 3 << 20:
-            data = client.socket.recv(256 << 10)
-            assert data
-            received += len(data)
+        peer = next(p for p in running.server._peers.values() if p.connection.serial == 2)
+        wait_for(lambda: peer in running.server.stalls)
+        for _ in range(40):
+            assert client.socket.recv(64 << 10)
             time.sleep(0.1)
-        assert time.monotonic() - began > 2
+        # What the kernel holds comes even after the end, so the peer is asked.
+        assert not peer.closing
 
 
 def test_half_received_frames_are_bounded_all_together() -> None:
@@ -545,16 +543,11 @@ def test_half_received_frames_are_bounded_all_together() -> None:
             except OSError:
                 refused += 1
             time.sleep(0.05)
-        deadline = time.monotonic() + TIMEOUT_S
-        while running.server.counts.refusals["BUSY"] < 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.server.counts.refusals["BUSY"] >= 1
+        wait_for(lambda: running.server.counts.refusals["BUSY"] >= 1)
         assert running.server.buffered_bytes <= 33 << 20
         for client in clients:
             client.socket.close()
-        while running.server.buffered_bytes and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.server.buffered_bytes == 0
+        wait_for(lambda: running.server.buffered_bytes == 0)
 
 
 def test_one_connection_too_many_is_told() -> None:
@@ -565,9 +558,7 @@ def test_one_connection_too_many_is_told() -> None:
             assert failed.code == Code.BUSY
             assert "connections_max" in failed.text
         clients.pop().socket.close()
-        deadline = time.monotonic() + TIMEOUT_S
-        while running.server.core.connections > 4 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: running.server.core.connections == 4)
         with running.connect() as client:
             assert isinstance(client.call(Ping()), Pong)
         for client in clients:
@@ -580,10 +571,7 @@ def test_refused_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> 
         clients = [running.connect(bare=True) for _ in range(20)]
         for client in clients:
             client.socket.sendall(b"\xff" * 100)
-        deadline = time.monotonic() + TIMEOUT_S
-        while running.server.core.connections > 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert running.server.core.connections == 1
+        wait_for(lambda: running.server.core.connections == 1)
         assert len(running.server.lingering) <= 4
         for client in clients:
             client.socket.close()
@@ -629,7 +617,6 @@ def anonymous_kb(pid: int) -> int:
 
 
 @pytest.mark.process
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_stays_bounded_under_abuse(tmp_path: Path) -> None:
     process, address, _ = start(tmp_path / "data")
     with Raw(address) as good:
@@ -1010,15 +997,11 @@ def test_a_damaged_directory(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    Store(data).close()
-    data.chmod(0o000)
-    try:
-        assert "ermission" in refused_start(data)
-    finally:
-        data.chmod(0o700)
+    """Not by permissions, which mean nothing to root: by a file where a folder must be."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "store").write_text("x")
+    assert "cannot be used" in refused_start(tmp_path / "data")
 
 
 @pytest.mark.process
