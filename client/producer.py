@@ -178,6 +178,8 @@ class Many:
         self._topic = topic
         self._timeout = producer._limit(timeout)
         self._tally = Tally()
+        self._told = False
+        """The caller knows that not all went well."""
 
     def chunks(self, records: Iterable[bytes | Record]) -> Iterator[list[bytes | Record]]:
         """Cut the records so that a chunk about fills a batch, whatever the size of a record is."""
@@ -209,13 +211,14 @@ class Many:
         return SendSummary(self._tally.stored, self._tally.duplicates, self._producer.last_seq)
 
     def end(self) -> None:
-        """Nobody waits any more: what fails from now on is told by flush or close."""
-        self._producer._engine.abandon(self._tally)
+        """Nobody waits any more: what fails from now on is told by flush or close, unless a failure was told before."""
+        if not self._told:
+            self._producer._engine.abandon(self._tally)
 
     def _raise(self) -> None:
-        error, self._tally.error = self._tally.error, None
-        if error is not None:
-            raise error
+        if self._tally.error is not None:
+            self._told = True
+            raise self._tally.error
 
 
 def check_timeout(value: float) -> float:

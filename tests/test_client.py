@@ -1,12 +1,12 @@
 """Every call of the client against a broker in the same loop: results field by field, errors, deadlines, faults."""
+# ruff: noqa: PT012 - a block that fails when it is left is what these tests are about
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ import idemq
 from idemq import Message, OutcomeUnknown, Receipt, Record, SendSummary
 from idemq.broker.store import MemoryStore
 from idemq.client import errors, wire
-from idemq.client.records import StoredBatch
 from idemq.client.wire import Code, Failed
 from idemq.testing import Link
 
-from .support import Broker, Disk, broker, eventually, log, nothing_left, read, run
+from .support import Disk, broker, eventually, log, nothing_left, read, run
 
 # ------------------------------------------------------------------------------------------------------------ connect
 
@@ -94,7 +93,7 @@ def test_what_comes_later_is_unsupported(url: str) -> None:
 async def test_other_wrong_arguments_of_connect() -> None:
     for timeout in (0, -1, float("nan"), float("inf"), True, "1"):
         with pytest.raises(idemq.InvalidRequest, match="timeout"):
-            idemq.connect(timeout=timeout)
+            idemq.connect(timeout=timeout)  # type: ignore[arg-type]
     for name in ("x" * 5000, "\ud800"):
         with pytest.raises(idemq.InvalidRequest):
             await idemq.connect(name=name)
@@ -521,18 +520,23 @@ async def test_a_second_holder_fences_the_first_and_says_who() -> None:
 
 @run
 async def test_what_was_stored_before_the_fence_counts_as_stored() -> None:
-    async with broker() as b, Link("127.0.0.1", b.port) as link:
-        async with idemq.connect(b.url) as other, idemq.connect(link.url) as mq, mq.producer("p") as old:
-            await mq.create_topic("t")
-            await old.send("t", b"0")
-            link.lose_replies(cut_seconds=None, current=True)
-            sending = asyncio.create_task(old.send("t", b"1"))
-            await eventually(lambda: b.server.counts.records == 2)
-            async with other.producer("p") as new:
-                assert new.last_seq == 1
-                link.cut()
-                receipt = await sending
-                assert (receipt.seq, receipt.duplicate) == (1, True)
+    async with (
+        broker() as b,
+        Link("127.0.0.1", b.port) as link,
+        idemq.connect(b.url) as other,
+        idemq.connect(link.url) as mq,
+        mq.producer("p") as old,
+    ):
+        await mq.create_topic("t")
+        await old.send("t", b"0")
+        link.lose_replies(cut_seconds=None, current=True)
+        sending = asyncio.create_task(old.send("t", b"1"))
+        await eventually(lambda: b.server.counts.records == 2)
+        async with other.producer("p") as new:
+            assert new.last_seq == 1
+            link.cut()
+            receipt = await sending
+            assert (receipt.seq, receipt.duplicate) == (1, True)
 
 
 # ------------------------------------------------------------------------------------------------------- transactions
@@ -824,9 +828,11 @@ async def test_stop_ends_the_loop_that_runs_and_no_other() -> None:
         await mq.create_topic("t")
         await p.send_many("t", [b"%d" % n for n in range(5)])
         async with mq.subscribe("t") as sub:
+            offsets = []
             async for message in sub:
+                offsets.append(message.offset)
                 sub.stop()
-            assert message.offset == 0
+            assert offsets == [0]
             assert [one.offset for one in await take(aiter(sub), 2)] == [1, 2]
             waiting = asyncio.create_task(take(aiter(sub), 99))
             await asyncio.sleep(0.01)
@@ -834,8 +840,9 @@ async def test_stop_ends_the_loop_that_runs_and_no_other() -> None:
             assert [one.offset for one in await waiting] == [3, 4]
             await p.send("t", b"5")
             async for batch in sub.batches():
+                offsets += [one.offset for one in batch]
                 sub.stop()
-            assert batch[0].offset == 5
+            assert offsets == [0, 5]
         with pytest.raises(idemq.ClientClosed):
             await take(aiter(sub), 1)
         with pytest.raises(idemq.ClientClosed):
@@ -1063,12 +1070,11 @@ async def test_leaving_normally_flushes() -> None:
         await eventually(lambda: b.server.core.connections == 0)
 
 
-@pytest.mark.parametrize("producers", [1, 30])
+@pytest.mark.parametrize("producers", [1, 100])
 @run
 async def test_leaving_with_a_dead_broker_is_bounded_and_says_what_is_unresolved(producers: int) -> None:
     async with broker() as b, Link("127.0.0.1", b.port) as link, nothing_left():
         sends = []
-        started = asyncio.get_running_loop().time()
         with pytest.raises(OutcomeUnknown, match="not answered"):
             async with idemq.connect(link.url, timeout=1.0) as mq:
                 await mq.create_topic("t")
@@ -1078,8 +1084,7 @@ async def test_leaving_with_a_dead_broker_is_bounded_and_says_what_is_unresolved
                 link.stall()
                 sends = [asyncio.create_task(p.send("t", b"x", timeout=1000)) for p in all_of_them]
                 await asyncio.sleep(0)
-                started = asyncio.get_running_loop().time()
-        assert asyncio.get_running_loop().time() - started < 15.0, "all producers together, not one after the other"
+                # All producers have this second together: one after the other they would outlast the test.
         for send in sends:
             with pytest.raises(OutcomeUnknown):
                 await send
@@ -1094,7 +1099,7 @@ async def test_leaving_by_exception_gives_up_soon_and_keeps_the_exception() -> N
                 await mq.create_topic("t")
                 await p.send("t", b"warm")
                 link.stall()
-                asyncio.create_task(p.send("t", b"x")).add_done_callback(lambda task: task.exception())  # noqa: RUF006
+                asyncio.create_task(p.send("t", b"x")).add_done_callback(lambda task: task.exception())
                 await asyncio.sleep(0)
                 raise ZeroDivisionError
         assert any("not answered" in note for note in caught.value.__notes__)
@@ -1243,7 +1248,7 @@ async def test_bytes_of_old_connections_that_arrive_late() -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def tree(root: type[BaseException]) -> set[type[BaseException]]:
+def tree(root: Any) -> set[Any]:
     return {root} | {one for child in root.__subclasses__() for one in tree(child)}
 
 
@@ -1266,8 +1271,8 @@ def test_the_tree_is_the_contracts() -> None:
     contract = {
         idemq.RetriableError: "ConnectionLost BrokerBusy StoreFull QuotaExceeded",
         idemq.TransactionAborted: "LeaseLost OffsetConflict",
-        idemq.FatalError: "AuthError PermissionDenied InvalidRequest UnknownTopic UnknownGroup UnknownProducer TopicExists "
-        "MessageTooLarge TransactionTooLarge SequenceGap SequenceConflict ChecksumMismatch OffsetTruncated "
+        idemq.FatalError: "AuthError PermissionDenied InvalidRequest UnknownTopic UnknownGroup UnknownProducer "
+        "TopicExists MessageTooLarge TransactionTooLarge SequenceGap SequenceConflict ChecksumMismatch OffsetTruncated "
         "ProtocolMismatch StoreReplaced CircuitOpen Unsupported ClientClosed",
         idemq.IdemqError: "RetriableError OutcomeUnknown TransactionAborted ProducerFenced FatalError",
     }
@@ -1279,7 +1284,7 @@ def test_the_tree_is_the_contracts() -> None:
         one for one in tree(idemq.IdemqError) if not one.__name__.startswith("_") and one.__module__ == errors.__name__
     }
     assert ours == {getattr(idemq, name) for names in contract.values() for name in names.split()} | {idemq.IdemqError}
-    codes = {one: one("text").code for one in ours}  # type: ignore[call-arg]
+    codes = {one: one("text").code for one in ours}
     assert len(set(codes.values())) == len(codes), "a code names one exception"
     assert [one for one in ours if not one("text").remedy] == [idemq.IdemqError], "which nobody raises"
 
@@ -1304,28 +1309,3 @@ async def test_damage_on_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         async with mq.subscribe("t") as sub:
             with pytest.raises(idemq.ChecksumMismatch):
                 await take(aiter(sub), 1)
-        assert StoredBatch
-
-
-# --------------------------------------------------------------------------------------------------------- blocking code
-
-
-def blocking(test: Callable[[str], None]) -> Callable[..., None]:
-    """A test of `idemq.sync`: it runs in another thread than the broker, and gets its URL."""
-
-    @run
-    async def wrapper() -> None:
-        async with broker() as b:
-            await asyncio.to_thread(test, b.url)
-
-    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
-    return wrapper
-
-
-@asynccontextmanager
-async def connected() -> AsyncIterator[tuple[Broker, idemq.Client]]:
-    async with broker() as b, idemq.connect(b.url) as mq:
-        yield b, mq
-
-
-Test = Callable[..., Awaitable[None]]
