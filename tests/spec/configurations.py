@@ -168,6 +168,8 @@ class Removal(NamedTuple):
 
 ZOMBIE = one_name("zombies", "cuts", batches=SINGLE, instances=2)
 DELETED = one_name("deletions", "cuts", "zombies", records=(2,), instances=2, application_numbers=False)
+RACE = one_name("zombies", batches=SINGLE, instances=2)
+TAKEOVER = group("zombies", "expiries", shared_name=True)
 EXPIRY = group("expiries", inputs=1)
 
 TABLE: dict[str, list[Removal]] = {
@@ -336,7 +338,10 @@ FURTHER: dict[str, list[Removal]] = {
             group("cuts", "expiries", producers=False, inputs=1),
         ),
     ],
-    "a takeover clears the serial": [Removal(("takeovers_forget_serial",), guards.FALSE_STALE, ZOMBIE)],
+    "a takeover on an older connection than the newest": [
+        Removal(("takeovers_forget_serial", "stale_reconnects"), guards.FALSE_STALE, RACE),
+        Removal(("takeovers_forget_serial", "stale_reconnects"), guards.FALSE_STALE, TAKEOVER),
+    ],
     "each entry of a transaction is checked": [
         Removal(("every_lease_checked",), guards.STALE_LEASE, group("expiries", partitions=2, inputs=1)),
         Removal(
@@ -353,9 +358,12 @@ FURTHER: dict[str, list[Removal]] = {
 }
 
 REDUNDANT: dict[str, Removal] = {
-    # What the protocol page calls sufficient alone: the property holds with one of the two rules removed.
+    # Of two rules either is enough: the properties hold with one of them removed.
     "global epoch without the id": Removal(("rows_are_found_by_id",), "", DELETED),
     "the id without a global epoch": Removal(("numbers_never_reset",), "", DELETED),
+    "a takeover keeps the serial, the client connects again": Removal(("takeovers_forget_serial",), "", RACE),
+    "a takeover clears the serial, no client is ever stale": Removal(("stale_reconnects",), "", RACE),
+    "a takeover keeps the serial, in a group": Removal(("takeovers_forget_serial",), "", TAKEOVER),
 }
 
 REMOVALS = {

@@ -520,8 +520,6 @@ class Group:
         if decision is not None:
             if decision is later and not guards.all_or_nothing:
                 store = self.applied(state, store, connection.owner, request, entries_before)
-            if decision.code == STALE_CONNECTION and connection.open:
-                raise Violation(FALSE_STALE)
             return state, store, decision
         assert row is not None
         row = broker.applied(row, numbers, connection.owner, request.entries, 0, self.bounds.remembered)
@@ -663,6 +661,10 @@ class Group:
         code = decision.code
         if code in STORED:
             return self.receive_stored(state, number, index)
+        if code == STALE_CONNECTION:
+            if not self.guards.stale_reconnects:
+                raise Violation(FALSE_STALE)
+            return self.closed(self.with_worker(state, number, disconnected(worker)), number)
         if code == FENCED:
             return self.receive_fenced(state, number, decision)
         if code == UNKNOWN_PRODUCER:

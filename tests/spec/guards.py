@@ -21,7 +21,7 @@ LIVE_FENCED = "live one fenced: an instance that was replaced or died took the n
 FALSE_FENCED = "false FENCED: nobody else holds the name"
 FALSE_GAP = "false GAP: SEQUENCE_GAP reached the application"
 FALSE_CONFLICT = "false CONFLICT: SEQUENCE_CONFLICT reached the application"
-FALSE_STALE = "false STALE_CONNECTION: on the connection in use"
+FALSE_STALE = "false STALE_CONNECTION: on the connection in use, with no way on"
 FALSE_REPLACED = "false STORE_REPLACED: an epoch from the future"
 FALSE_OFFSET_MOVED = "false OFFSET_MOVED: nobody else may have moved the position"
 FALSE_LEASE_LOST = "false LEASE_LOST: nobody else had the lease in between"
@@ -52,7 +52,8 @@ class Guards:
     fence_rises_on_refusal: bool = True
     """4: the serial is recorded even if the commit is refused below. Without: H1."""
     takeovers_forget_serial: bool = True
-    """4, 10: a takeover clears the serial: the new holder may have connected before the old one last did."""
+    """4, 10: a takeover clears the serial: the new holder may have connected before the old one last did. (This or
+    `stale_reconnects` is needed.)"""
     duplicates_recognised: bool = True
     """5: last_seq <= row.last_seq is a duplicate."""
     duplicates_before_refusals: bool = True
@@ -134,3 +135,5 @@ class Guards:
     """C8: after Open, records up to its last_seq are not sent. Without: H15."""
     reconnect_without_open: bool = True
     """11: a reconnect does not open; without, it opens as a new session would (H3)."""
+    stale_reconnects: bool = True
+    """4: STALE_CONNECTION on the connection in use is no answer: connect again. (This or `takeovers_forget_serial`.)"""

@@ -363,8 +363,6 @@ class Producers:
         else:
             store, decision, recorded = self.commit(state, connection, request)
             reply = Answer(request.last, decision)
-            if decision.code == STALE_CONNECTION and connection.open:
-                raise Violation(FALSE_STALE)
             if recorded:
                 serial_newest = max(serial_newest, connection.serial)
             if decision.code in STORED:
@@ -506,6 +504,10 @@ class Producers:
         code = reply.decision.code
         if code in STORED:
             return self.tidied(self.receive_stored(state, number, found, reply.decision))
+        if code == STALE_CONNECTION:
+            if not self.guards.stale_reconnects:
+                raise Violation(FALSE_STALE)
+            return self.disconnected(state, number)
         if code == FENCED:
             return self.receive_fenced(state, number, found, reply.decision)
         if code == UNKNOWN_PRODUCER:
