@@ -273,9 +273,8 @@ class _Peer(asyncio.Protocol):
         self._frames = self._splitter.feed(data)
         try:
             self.take()
-        except Exception:
-            log.exception("a bug in the decision path, or a store that cannot be read")
-            self._server.fail()
+        except Exception as error:  # noqa: BLE001 - it ends the process
+            self._server.end("a bug in the decision path, or a store that cannot be read", error)
 
     def pause_writing(self) -> None:
         self._stalled = True
@@ -609,7 +608,9 @@ class Server:
             return
         self.stopping = True
         self._listener.close()
-        self.loop.call_later(self.config.shutdown_ms_max / 1000 * 0.75, self.cut_all)
+        last_s = self.config.shutdown_ms_max / 1000
+        self.loop.call_later(last_s / 2, self.cut_all)
+        self.loop.call_later(last_s, self.end, "the disk did not answer in time (shutdown_ms_max)", None)
         self.schedule()
 
     async def wait_closed(self) -> None:
@@ -644,13 +645,17 @@ class Server:
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception nobody caught. Of the sockets: survived (an accept without descriptors). Of ours: the end."""
         error = context.get("exception")
-        if isinstance(error, OSError) and "handle" not in context and "task" not in context:
+        if isinstance(error, OSError) and "handle" not in context:
             now_ms = self.now().mono_ms
             if now_ms - self._accept_logged_ms >= 1000:
                 self._accept_logged_ms = now_ms
                 log.warning("%s: %s", context["message"], error)
             return
-        log.critical("%s", context["message"], exc_info=error)
+        self.end(context["message"], error)
+
+    def end(self, text: str, error: BaseException | None) -> None:
+        """End the process: what is in memory may be wrong, what is on the disk is right."""
+        log.critical("%s", text, exc_info=error)
         self.fail()
 
     # -------------------------------------------------------------------------------------------- connections
@@ -765,8 +770,7 @@ class Server:
                 peer.cut()
             self.core = self._new_core()
         else:
-            log.critical("a group commit failed, the next start will find out what is stored", exc_info=outcome)
-            self.fail()
+            self.end("a group commit failed, the next start will find out what is stored", outcome)
             return
         self._pump()
 
@@ -809,9 +813,7 @@ class Server:
             try:
                 parts, payload = collect(self.store, read, bytes_max)
             except BaseException as error:  # noqa: BLE001 - the loop ends the process
-                self.loop.call_soon_threadsafe(
-                    self._unhandled, self.loop, {"message": "a read failed", "exception": error, "task": None}
-                )
+                self.loop.call_soon_threadsafe(self.end, "the store cannot be read", error)
                 return
             self.loop.call_soon_threadsafe(peer.fetched, read, parts, payload)
             if self.now().mono_ms < self._live_until_ms:

@@ -602,6 +602,19 @@ def test_stopping_does_not_wait_for_a_client_that_does_not_leave() -> None:
         bare.socket.close()
 
 
+def test_stopping_does_not_wait_for_a_disk_that_does_not_answer() -> None:
+    store = Held()
+    with Running(store, shutdown_ms_max=500) as running, running.connect() as client:
+        client.create()
+        store.hold()
+        client.send(wire.Open("p", "s", 0))
+        assert store.waiting.wait(TIMEOUT_S)
+        running.loop.call_soon_threadsafe(running.server.stop)
+        wait_for(lambda: running.failed)
+        store.go.set()
+        client.expect_closed()
+
+
 # ----------------------------------------------------------------------------------------------------- authentication
 
 
