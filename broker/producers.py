@@ -129,10 +129,19 @@ def advanced(
     row: ProducerRow, commit: Commit, fingerprint: int, positions: tuple[Position, ...], now_ms: int, remember: int
 ) -> ProducerRow:
     """Rule 8: the row after the commit is applied; the last `remember` results stay."""
-    result = Result(commit.last_seq, fingerprint, positions)
-    return row._replace(
-        last_seq=commit.last_seq,
-        token=row.token if commit.token is None else commit.token,
-        seen_ms=now_ms,
-        results=(*row.results, result)[-remember:],
+    # The constructor and not `_replace`, which takes three times as long: every commit comes through here.
+    return ProducerRow(
+        row.producer_id,
+        row.name,
+        row.epoch,
+        row.session,
+        commit.last_seq,
+        row.token if commit.token is None else commit.token,
+        row.holder,
+        row.address,
+        row.opened_ms,
+        now_ms,
+        row.anonymous,
+        row.takeovers,
+        (*row.results, Result(commit.last_seq, fingerprint, positions))[-remember:],
     )
