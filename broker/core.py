@@ -486,7 +486,7 @@ class Core:
         return wire.Opened(opened.producer_id, opened.epoch, opened.last_seq, opened.token)
 
     def _commit(self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes) -> Any:
-        """PROTOCOL section 1, in its order."""
+        """The broker's rules of PROTOCOL.md, in their order."""
         batches = wire.slices([append.length for append in request.appends], payload)
         row: ProducerRow | None = None
         fingerprint = 0

@@ -1,7 +1,7 @@
 """Groups: the row of one partition's position in a group, and the rules that need nothing but that row.
 
 Pure: no clock, no store, no connection. Who is asked to consume what is not decided here: this is the lease, and
-the compare-and-swap that keeps a zombie out. The numbers are those of PROTOCOL.md, section 1.
+the compare-and-swap that keeps a zombie out. The numbers are those of PROTOCOL.md.
 """
 
 from __future__ import annotations

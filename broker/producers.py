@@ -1,7 +1,7 @@
 """Producers: the row of a name, and the rules that need nothing but that row.
 
 Pure: no clock, no store, no connection. A rule takes the row as it is decided and returns what it becomes, or
-the refusal. The numbers are those of PROTOCOL.md, section 1.
+the refusal. The numbers are those of PROTOCOL.md.
 """
 
 from __future__ import annotations

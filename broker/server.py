@@ -805,7 +805,7 @@ class Server:
         self._cold_reads.put((peer, read, self.fetch_bytes(read)))
 
     def _read_cold(self) -> None:
-        """The reader thread. While others write it keeps to a rate: the disk is theirs first (DESIGN section 11)."""
+        """The reader thread. While others write it keeps to a rate: the disk is theirs first."""
         while (job := self._cold_reads.get()) is not None:
             peer, read, bytes_max = job
             if peer.closing:

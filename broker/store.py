@@ -202,6 +202,7 @@ class Store:
                 self._state = schema.state(txn.get(schema.STATE_KEY, b"", meta))
                 for key, value in txn.cursor(self._tables[Table.DELTAS]):
                     self._lazy.young.update(schema.delta_rows(key, value))
+            self.topics()  # the core needs each of them, so the start is where to say that one is broken
         except Damaged as damage:
             raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
         self._lazy.age(self._state.commits)
@@ -265,7 +266,7 @@ class Store:
     def _put_checked(
         self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True, append: bool = False
     ) -> None:
-        """LMDB answers a put that it did not do by returning False (PITFALLS 36)."""
+        """LMDB answers a put that it did not do by returning False."""
         if not txn.put(key, value, overwrite=overwrite, append=append, db=self._tables[table]):
             raise StoreBroken(f"table {table} did not take key {key.hex()}: there is one already, or a later one")
 

@@ -1,6 +1,6 @@
 """The client's whole decision logic, pure: numbers, what is in flight, what an answer means, when to try again.
 
-PROTOCOL.md section 2 (rules C1 to C10) lives here and nowhere else. A session is one client's dealings with one broker:
+The rules C1 to C10 of broker/PROTOCOL.md live here and nowhere else. A session is one client's dealings with one broker:
 at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a future:
 time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
 

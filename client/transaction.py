@@ -1,6 +1,6 @@
 """A transaction: buffered here, sent whole when the block ends well, and stored whole or not at all.
 
-The broker never holds an open transaction, so nothing here can hang, expire or block a reader (DESIGN section 2).
+The broker never holds an open transaction, so nothing here can hang, expire or block a reader.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ A frame is
     u32 length | u32 header length | header | payload          (big-endian; `length` counts everything after itself)
 
 and its header is msgpack `[code, correlation, [field, ...]]`. The payload is raw bytes (batches), sliced and never
-re-encoded. New fields go at the end of a declaration with a default; a code is never used again. PROTOCOL VERSION
+re-encoded. New fields go at the end of a declaration with a default; a code is never used again. The version
 changes when a peer of the old version would misread the new one; both sides compare it in Hello before anything else.
 """
 
@@ -494,14 +494,14 @@ class ProducersAre(NamedTuple):
 
 
 class DeleteProducer(NamedTuple):
-    """Delete a producer by id, if its epoch is still this one (PITFALLS 13). An id that is gone is Done."""
+    """Delete a producer by id, if its epoch is still this one. An id that is gone is Done."""
 
     producer_id: Id
     epoch: Id
 
 
 class Failed(NamedTuple):
-    """Any request's refusal. `details` are for programs: PROTOCOL.md says which come with which code."""
+    """Any request's refusal. `details` are for programs: WIRE.md says which come with which code."""
 
     code: Text
     text: Text
@@ -785,7 +785,7 @@ class Splitter:
 # ---------------------------------------------------------------------------------------------------- batch header
 # The fixed part of a batch: made by the producing client, checked by the broker on append and by the consuming client
 # on read. The checksum covers all that follows it, so also where the batch belongs: it cannot land on another topic
-# unnoticed (PITFALLS 15).
+# unnoticed.
 #
 #   u32 checksum | u8 format | u8 codec | u32 count | u64 topic id | u32 partition | u64 producer id (0: none)
 #   | i64 first sequence | i64 last sequence | u32 body length | body
