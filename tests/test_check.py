@@ -72,7 +72,7 @@ class Rows:
         self.offsets = {OffsetKey("group", 1, 0): OffsetRow(6, 50, "s", None, 49, 3)}
         self.counter = COUNTER
 
-    def put(self, topic_id: int, partition: int, offset: int, data: bytes, **other: int) -> None:
+    def put(self, topic_id: int, partition: int, offset: int, data: bytes, **other: Any) -> None:
         """Store a batch; its position follows from those before it unless it is given."""
         below = [one for key, one in self.log.items() if key[:2] == (topic_id, partition) and key[2] < offset]
         stored = Stored(topic_id, partition, offset, TIME_MS, sum(len(one.batch) for one in below), data)
@@ -262,7 +262,7 @@ def test_a_flipped_bit_is_found_in_every_table(tmp_path: Path, table: Table) -> 
 def test_damage_kills_the_child_and_not_the_caller(tmp_path: Path) -> None:
     """A file cut off under the map: whoever reads there gets SIGBUS."""
     opened = Store(tmp_path / "data")
-    opened.commit(Group(topics=Rows().topics, counter=COUNTER))
+    opened.commit(Group(topics=dict(Rows().topics), counter=COUNTER))
     for index in range(50):
         data = batch(1, 0, 0, 0, 1) if index else wire.make_batch(0, 1, 1, 0, 0, 0, 0, os.urandom(60_000))
         opened.commit(Group(appends=[Stored(1, 0, index, TIME_MS, index, data)]))

@@ -609,6 +609,7 @@ def test_a_hole_in_the_log_is_damage(directory: Path) -> None:
     raw(directory, lambda txn, table: txn.delete(schema.log_key(1, 0, 3), db=table(Table.LOG)))
     opened = Store(directory)
     assert [one[0] for one in opened.read(1, 0, 0, 1 << 20, 9)] == [0]
+    assert [one[0] for one in opened.read(1, 0, 3, 1 << 20, 9)] == [7], "the caller sees that its offset is not there"
     opened.close()
 
 
@@ -710,6 +711,14 @@ def test_damage_to_what_is_read_at_start_is_refused(directory: Path, key: bytes)
     Store(directory).close()
     raw(directory, lambda txn, table: txn.put(key, b"\0" * 12, db=table(Table.META)))
     refused(directory, Reason.STORE_DAMAGED, "idemq verify")
+
+
+def test_a_damaged_topic_is_refused_at_start(directory: Path) -> None:
+    opened = Store(directory)
+    opened.commit(Group(topics={1: topic(1)}))
+    opened.close()
+    raw(directory, lambda txn, table: txn.put(schema.ID_KEY.pack(1), b"\0" * 40, db=table(Table.TOPICS)))
+    refused(directory, Reason.STORE_DAMAGED, "table topics")
 
 
 def test_a_file_that_is_not_lmdbs_is_refused(directory: Path) -> None:

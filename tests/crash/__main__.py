@@ -26,6 +26,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import lmdb
 
 from idemq.broker import check, store
 from idemq.broker.core import Damaged, Group
@@ -72,6 +75,10 @@ def isolated(function: Callable[[], Any]) -> tuple[str, Any]:
 def scratch() -> Path:
     """A folder in memory where there is one: what is measured here is not the disk."""
     return Path(tempfile.mkdtemp(prefix="crash-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+
+
+def quiet(what: str, index: int) -> None:
+    """Nobody listens."""
 
 
 def apply(directory: Path, groups: list[Group], mark: Callable[[str, int], None]) -> Content:
@@ -142,15 +149,17 @@ def record(groups: list[Group], planted: str) -> list[Event]:
             events.append(("ack", index))
         events.append((what, index))
 
-    real_sync, real_rename, real_open = store._sync, os.rename, store.lmdb.open
-    store._sync, os.rename = sync, rename
-    if planted == "sync=False":
-        store.lmdb.open = lambda path, **options: real_open(path, **{**options, "sync": False})
+    real_sync, real_rename, real_open = store._sync, os.rename, lmdb.open
+    unsafe = {"sync": False} if planted == "sync=False" else {}
     faults.install(handler)
     directory = scratch()
-    apply(directory / "data", groups, mark)
+    with (
+        mock.patch.object(store, "_sync", sync),
+        mock.patch.object(os, "rename", rename),
+        mock.patch.object(lmdb, "open", lambda path, **options: real_open(path, **{**options, **unsafe})),
+    ):
+        apply(directory / "data", groups, mark)
     shutil.rmtree(directory)
-    store._sync, os.rename, store.lmdb.open = real_sync, real_rename, real_open
     return events
 
 
@@ -269,7 +278,8 @@ def counting(at: int, then: Callable[[], int]) -> None:
         real_rename(old, new)
 
     real_sync, real_rename = store._sync, os.rename
-    store._sync, os.rename = sync, rename
+    mock.patch.object(store, "_sync", sync).start()
+    mock.patch.object(os, "rename", rename).start()
     faults.install(handler)
 
 
@@ -302,7 +312,7 @@ def sweep(seed: int, commits: int) -> Summary:
         if outcome == "ok":
             break
         found = verdict(data, contents, groups, acknowledged, begun)
-        outcome, result = isolated(lambda data=data: apply(data, groups, lambda *_: None))
+        outcome, result = isolated(partial(apply, data, groups, quiet))
         if not found and (outcome != "ok" or result != contents[-1]):
             found = f"not to the end: {outcome} {str(result)[:100]}"
         if found:
@@ -324,13 +334,13 @@ def errors(seed: int, commits: int) -> Summary:
             name = f"{errno.errorcode[error]} at {at}"
             data = directory / "data"
             shutil.rmtree(data, ignore_errors=True)
-            outcome, told = isolated(lambda at=at, data=data, error=error: suffer(data, groups, contents, at, error))
+            outcome, told = isolated(partial(suffer, data, groups, contents, at, error))
             if outcome == "ok" and told == "no error":
                 break
             outcomes[f"{errno.errorcode[error]}: {told}"] += 1
             if outcome != "ok" or told.startswith("wrong"):
                 wrong[name] = f"{outcome}: {told}"
-            outcome, told = isolated(lambda data=data: apply(data, groups, lambda *_: None))
+            outcome, told = isolated(partial(apply, data, groups, quiet))
             if outcome != "ok" or told != contents[-1] or not check.walk(data).clean:
                 wrong[name] = f"not to the end: {outcome} {str(told)[:100]}"
     shutil.rmtree(directory)
@@ -382,7 +392,7 @@ def flips(seed: int, count: int) -> Summary:
     """Flip one bit in a page that is in use: reads must answer the same, refuse or die, or `check` must find it."""
     groups, contents = workload.history(seed, 40)
     directory = scratch()
-    apply(directory / "data", groups, lambda *_: None)
+    apply(directory / "data", groups, quiet)
     with Pages(str(directory / "data" / STORE_FOLDER / "data.mdb")) as pages:
         page_bytes = pages.meta.page_bytes
         used = sorted(set(range(pages.meta.last_page + 1)) - pages.free_pages())

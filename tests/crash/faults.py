@@ -22,7 +22,7 @@ _SEGMENT = Struct("<IIQQQQQQ")
 _DYNAMIC = Struct("<qQ")
 _RELOCATION = Struct("<QQq")
 _SYMBOL = Struct("<IBBHQQ")
-_PT_DYNAMIC = 2
+_PT_LOAD, _PT_DYNAMIC = 1, 2
 _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_PLTRELSZ, _DT_JMPREL = 5, 6, 7, 8, 2, 23
 _PROT_READ_WRITE = 3
 
@@ -60,7 +60,7 @@ def install(handler: Handler) -> None:
         return _call(Write(offset, content, _synced(file)), lambda: os.write(file, content))
 
     def fdatasync(file: int) -> int:
-        return _call(Sync(), lambda: os.fdatasync(file) or 0)
+        return _call(Sync(), lambda: _fdatasync(file))
 
     def _call(event: Write | Sync, real: Callable[[], int]) -> int:
         error = handler(event)
@@ -81,6 +81,11 @@ def install(handler: Handler) -> None:
         hook = ctypes.CFUNCTYPE(*signature, use_errno=True)(function)
         _kept.append(hook)
         _patch(slots.get(name) or slots[f"{name}64"], ctypes.cast(hook, ctypes.c_void_p).value or 0)
+
+
+def _fdatasync(file: int) -> int:
+    os.fdatasync(file)
+    return 0
 
 
 def _synced(file: int) -> bool:
@@ -108,11 +113,10 @@ def _slots(path: str) -> dict[str, int]:
 
     def place(address: int) -> int:
         """Where in the file lies what is loaded at this address?"""
-        return next(
-            address - start + offset
-            for kind, _, offset, start, _, size, _, _ in segments
-            if kind == 1 and start <= address < start + size
-        )
+        for kind, _, offset, start, _, size, _, _ in segments:
+            if kind == _PT_LOAD and start <= address < start + size:
+                return int(address - start + offset)
+        raise ValueError(f"nothing is loaded at {address}")
 
     dynamic = next(segment for segment in segments if segment[0] == _PT_DYNAMIC)
     entries = dict(_DYNAMIC.iter_unpack(data[dynamic[2] : dynamic[2] + dynamic[5]]))

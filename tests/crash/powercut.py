@@ -19,6 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import lmdb
 
 from idemq.broker import check, store
 from idemq.broker.store import Store
@@ -126,8 +129,8 @@ def _look(directory: Path, contents: list[workload.Content], acknowledged: int) 
 
 def _child(directory: str, planted: str) -> None:
     if planted == "sync=False":
-        real = store.lmdb.open
-        store.lmdb.open = lambda path, **options: real(path, **{**options, "sync": False})
+        real = lmdb.open
+        mock.patch.object(lmdb, "open", lambda path, **options: real(path, **{**options, "sync": False})).start()
     groups, _ = workload.history(_SEED, _COMMITS)
     opened = Store(directory)
     for index in range(opened.space().txn_id, len(groups)):
