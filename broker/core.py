@@ -483,6 +483,8 @@ class Core:
         elif opened is not row:
             self._number()
             self._put_producer(opened)
+            # The new epoch keeps the old holder out; its serial would only refuse a new holder's older connection.
+            self._serials.pop(opened.producer_id, None)
         return wire.Opened(opened.producer_id, opened.epoch, opened.last_seq, opened.token)
 
     def _commit(self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes) -> Any:
