@@ -63,10 +63,15 @@ class Broker:
         (line,) = self.lines(*argv, "--json", input=input)
         return json.loads(line)
 
-    def popen(self, *argv: str, **more: Any) -> subprocess.Popen[bytes]:
-        """Start a command with all of its ends in pipes."""
+    @contextmanager
+    def popen(self, *argv: str, **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """A command with all of its ends in pipes; killed if it is still there in the end."""
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | more
-        return subprocess.Popen([*CLI, *argv], env=environment(IDEMQ_URL=self.url), **pipes)
+        with subprocess.Popen([*CLI, *argv], env=environment(IDEMQ_URL=self.url), **pipes) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def last_seq(self, producer: str) -> int:
         """Its last number; -1 while there is no such producer."""

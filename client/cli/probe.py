@@ -54,19 +54,20 @@ def _ask_http(timeout: float) -> None:
         config = load([])
     except ConfigError as error:
         raise CommandError(str(error)) from error
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
     if not config.http_port:
         raise CommandError("http_port is 0, so its port is not known here: name the broker with --url.")
-    connection = http.client.HTTPConnection(host, config.http_port, timeout=timeout)
+    place = f"{config.host}:{config.http_port}"
+    # A broker that listens everywhere (0.0.0.0) is reached here by that same address.
+    connection = http.client.HTTPConnection(config.host, config.http_port, timeout=timeout)
     try:
         connection.request("GET", "/healthz")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{host}:{config.http_port} does not answer ({error}).") from error
+        raise CommandError(f"{place} does not answer ({error}).") from error
     finally:
         connection.close()
     if status != 200:
-        raise CommandError(f"{host}:{config.http_port}/healthz answers {status}.")
+        raise CommandError(f"{place}/healthz answers {status}.")
 
 
 COMMANDS = (
