@@ -141,6 +141,13 @@ def test_what_speaks_http_is_told_where_it_is() -> None:
         client.expect_closed()
 
 
+def test_a_refused_sender_learns_why_though_it_goes_on_sending() -> None:
+    with unharmed() as (running, _), running.connect(bare=True) as client:
+        client.socket.sendall(b"\xff" * 100 + bytes(20 << 20))
+        assert refusal(client).code == Code.TOO_LARGE
+        client.expect_closed()
+
+
 @pytest.mark.parametrize("version", [0, 2, 2**63 - 1])
 def test_another_version_is_refused_by_its_code(version: int) -> None:
     with unharmed() as (running, _), running.connect(bare=True) as client:
@@ -569,10 +576,19 @@ def test_refused_connections_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(server_module, "LINGERING_MAX", 4)
     with unharmed() as (running, _):
         clients = [running.connect(bare=True) for _ in range(20)]
-        for client in clients:
-            client.socket.sendall(b"\xff" * 100)
-        wait_for(lambda: running.server.core.connections == 1)
-        assert len(running.server.lingering) <= 4
+        wait_for(lambda: running.server.core.connections == 21)
+        lingering: list[int] = []
+
+        def refuse_all() -> None:
+            """In one turn of the loop, as it happens when they all send at once."""
+            for peer in list(running.server.handshakes):
+                peer.refuse("go away")
+            lingering.append(len(running.server.lingering))
+
+        running.loop.call_soon_threadsafe(refuse_all)
+        wait_for(lambda: lingering)
+        assert lingering == [4]
+        assert running.server.core.connections == 1
         for client in clients:
             client.socket.close()
 
