@@ -167,12 +167,15 @@ class Connection:
         self.pump()
 
     def _perform(self, now: float, actions: Actions) -> None:
-        if actions.frames and self._protocol is not None and self._protocol.transport is not None and not actions.cut:
+        transport = None if self._protocol is None else self._protocol.transport
+        # Between the peer's FIN and our `connection_lost` a transport is closing. What is not written then is lost on
+        # its way, as the session is told at once; writing it raises in some versions of asyncio (CPython 3.12, 3.13).
+        if actions.frames and transport is not None and not transport.is_closing() and not actions.cut:
             buffers: list[bytes] = []
             for correlation, request, payload in actions.frames:
                 buffers.append(wire.encode(correlation, request, sum(map(len, payload))))
                 buffers += payload
-            self._protocol.transport.writelines(buffers)
+            transport.writelines(buffers)
         if actions.cut and self._protocol is not None:
             protocol, self._protocol = self._protocol, None
             protocol.give_up()
