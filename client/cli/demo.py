@@ -159,7 +159,9 @@ class _Demo:
     @asynccontextmanager
     async def _loader(self, url: str) -> AsyncIterator[asyncio.subprocess.Process]:
         position = [] if self._position is None else [str(self._position)]
-        command = [sys.executable, "-m", "idemq.client.cli.loader", url, str(MESSAGES), *position]
+        # Not -m: this module has imported it, and Python warns of a second copy.
+        code = "from idemq.client.cli.loader import main; main()"
+        command = [sys.executable, "-c", code, url, str(MESSAGES), *position]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
         try:

@@ -1,6 +1,6 @@
 """The worker that `idemq demo` kills: loads numbered messages, and says after each chunk how far it came.
 
-    python -m idemq.client.cli.loader URL COUNT [POSITION_FILE]
+    python -c 'from idemq.client.cli.loader import main; main()' URL COUNT [POSITION_FILE]
 
 With dedup (no POSITION_FILE) it asks the broker where it stands and gives each message its number. Without, it does
 what retrying clients elsewhere do: it sends without numbers, writes its position down after each acknowledged chunk and
@@ -79,5 +79,7 @@ def _say(done: int, stored: int, duplicates: int) -> None:
     print(json.dumps(Said(done, stored, duplicates)._asdict()), flush=True)
 
 
-if __name__ == "__main__":
-    asyncio.run(_load(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None))
+def main() -> None:
+    """Load, as the command line says."""
+    url, count, *position = sys.argv[1:]
+    asyncio.run(_load(url, int(count), Path(position[0]) if position else None))
