@@ -102,8 +102,7 @@ class Storage(Rows, Protocol):
         """Batches from the one that contains `offset`, in order, below `limit_offset`.
 
         At least one, however large, then while they fit into `bytes_max` and READ_BATCHES_MAX; what was trimmed is
-        skipped. Raises Damaged
-        when the first is broken; a later one ends the answer.
+        skipped. Raises Damaged when the first is broken; a later one ends the answer.
         """
 
     def close(self) -> None:
