@@ -1,6 +1,6 @@
 """The client's whole decision logic, pure: numbers, what is in flight, what an answer means, when to try again.
 
-The rules C1 to C10 of broker/PROTOCOL.md live here and nowhere else. A session is one client's dealings with one broker:
+The rules C1 to C10 of broker/PROTOCOL.md live here and nowhere else. A session is one client's dealings with a broker:
 at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a future:
 time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
 
@@ -1499,7 +1499,7 @@ def _is_answer(entry: Any, message: Any) -> bool:
         return type(message) is wire.Committed and (
             message.positions is None or len(message.positions) == len(entry.appends)
         )
-    request = type(entry.request) if type(entry) is _Call else wire.Hello if type(entry) is Session else wire.Ping
+    request = type(entry.request) if type(entry) is _Call else wire.Hello if isinstance(entry, Session) else wire.Ping
     return type(message) is wire.REQUESTS[request].reply
 
 
