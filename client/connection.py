@@ -85,8 +85,6 @@ class _Protocol(asyncio.Protocol):
             for header, payload in self._splitter.feed(data):
                 correlation, message = wire.decode(header)
                 session.received(now, correlation, message, payload)
-                if self._owner is None:
-                    return
         except wire.WireError as error:
             session.protocol_broken(now, error.text)
         owner.pump()
@@ -212,11 +210,9 @@ class Connection:
             async with asyncio.timeout(DIAL_S_MAX):
                 await self.loop.create_connection(lambda: protocol, self.address.host, self.address.port)
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError; a host name may not even be one
+            protocol.give_up()  # a dial that took too long may have got a transport, whose end is no news
             reason = str(error) or f"no connection within {DIAL_S_MAX:.0f} s"
             self.session.disconnected(self.loop.time(), reason)
-        except asyncio.CancelledError:
-            protocol.give_up()
-            raise
         else:
             if protocol.transport is not None and not protocol.transport.is_closing():
                 self._protocol = protocol

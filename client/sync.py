@@ -145,6 +145,16 @@ def _quick(method: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[_Faca
     return call
 
 
+def _local(method: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[_Facade[A], P], R]:
+    """The plain method, called right here: it touches nothing but its own object."""
+
+    @wraps(method)
+    def call(facade: _Facade[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(facade._inner, *args, **kwargs)
+
+    return call
+
+
 _END = object()
 
 
@@ -164,9 +174,9 @@ class Transaction(_Facade[transaction.Transaction]):
         """After the block: one Receipt for each `send`, in order."""
         return self._inner.receipts
 
-    send = _quick(transaction.Transaction.send)
-    set_token = _quick(transaction.Transaction.set_token)
-    commit_offsets = _quick(transaction.Transaction.commit_offsets)
+    send = _local(transaction.Transaction.send)
+    set_token = _local(transaction.Transaction.set_token)
+    commit_offsets = _local(transaction.Transaction.commit_offsets)
 
     def __enter__(self) -> Self:
         self._thread.run(self._inner.__aenter__())

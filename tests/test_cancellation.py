@@ -355,7 +355,7 @@ async def cancelled(w: World, prepare: Entry, turns: int, tripwire: int) -> tupl
     w.round, w.after = [], []
     call = await prepare(w)
     wire = Tripwire(tripwire)
-    task = wire.task = asyncio.ensure_future(wire.around(call) if tripwire else call)  # type: ignore[arg-type]
+    task = wire.task = asyncio.ensure_future(wire.around(call) if tripwire else call)
     if not tripwire:
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -407,3 +407,55 @@ async def test_cancelled_everywhere(name: str) -> None:
             elif name == "Producer.send_many":
                 assert found == mine[: len(found)], "a hole"
         await eventually(lambda: w.broker.server.core.connections == 1)
+
+
+@pytest.mark.parametrize("call", ["send", "transaction", "flush"])
+@run
+async def test_a_failure_that_comes_in_the_turn_of_the_cancellation_is_told_by_flush(call: str) -> None:
+    async with world() as w:
+        topic = await w.topic()
+        await w.p.send(topic, b"known")
+        await w.mq.delete_topic(topic)
+        wire = Tripwire(1)
+        if call == "send":
+            coroutine: Coroutine[Any, Any, Any] = w.p.send(topic, b"x")
+        elif call == "transaction":
+            tx = await w.p.transaction().__aenter__()
+            tx.send(topic, b"x")
+            coroutine = tx.__aexit__(*NOTHING)
+        else:
+            sending = asyncio.create_task(w.p.send(topic, b"x"))
+            await asyncio.sleep(0)
+            sending.cancel()
+            coroutine = w.p.flush()
+        task = wire.task = asyncio.ensure_future(wire.around(coroutine))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(idemq.UnknownTopic):
+            await w.p.flush()
+        await w.p.flush()
+
+
+@run
+async def test_a_refusal_that_comes_in_the_turn_of_the_cancellation_is_not_reported_as_lost() -> None:
+    async with world() as w:
+        wire = Tripwire(1)
+        wire.task = asyncio.ensure_future(wire.around(w.mq.create_topic("t")))
+        with pytest.raises(asyncio.CancelledError):
+            await wire.task
+
+
+@run
+async def test_a_failure_after_a_cancelled_flush_is_told_by_the_next() -> None:
+    async with world() as w:
+        sending = asyncio.create_task(w.p.send("gone", b"x"))
+        await asyncio.sleep(0)
+        sending.cancel()
+        flushing = asyncio.create_task(w.p.flush())
+        await asyncio.sleep(0)
+        flushing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await flushing
+        await eventually(lambda: not w.p._engine.state.queue)
+        with pytest.raises(idemq.UnknownTopic):
+            await w.p.flush()

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -32,11 +34,17 @@ async def test_both_ways_to_connect() -> None:
             assert type(mq) is idemq.Client
             assert await mq.ping() > 1_600_000_000_000
         mq = await idemq.connect(b.url, timeout=5.0, name="a name")
+        socket = mq._engine._connection._protocol.transport.get_extra_info("socket")  # type: ignore[attr-defined]
         await mq.close()
+        assert socket.fileno() == -1
         await mq.close()
         with pytest.raises(idemq.ClientClosed):
             await mq.ping()
         await eventually(lambda: b.server.core.connections == 0)
+        session = weakref.ref(mq._engine._session)  # type: ignore[attr-defined]
+        del mq
+        gc.collect()
+        assert session() is None, "no timer, task or transport holds it"
 
 
 @run
@@ -276,6 +284,9 @@ async def test_wrong_records_are_refused_and_nothing_else_happens() -> None:
         for topic in (5, "\ud800"):
             with pytest.raises(idemq.InvalidRequest):
                 await mq.send(topic, b"")  # type: ignore[arg-type]
+            with pytest.raises(idemq.InvalidRequest):
+                async with p.transaction() as tx:
+                    tx.send(topic, b"")  # type: ignore[arg-type]
         assert await log(b.url, "t") == []
         await p.send("t", b"good")
 
@@ -609,10 +620,13 @@ async def test_a_transaction_that_is_too_large() -> None:
     async with broker() as b, idemq.connect(b.url) as mq, mq.producer("p") as p:
         await mq.create_topic("t", partitions=1024)
         await mq.create_topic("u")
-        with pytest.raises(idemq.TransactionTooLarge):
+        with pytest.raises(ZeroDivisionError):
             async with p.transaction() as tx:
-                for _ in range(3):
-                    tx.send("t", b"x" * (6 << 20))
+                tx.send("t", b"x" * (8 << 20))
+                tx.send("t", b"x" * (7 << 20))
+                with pytest.raises(idemq.TransactionTooLarge):
+                    tx.send("t", b"x" * (1 << 20))
+                raise ZeroDivisionError
         with pytest.raises(idemq.TransactionTooLarge, match="1024 partitions"):
             async with p.transaction() as tx:
                 for partition in range(1024):
@@ -891,6 +905,10 @@ async def test_prefetch_is_bounded_and_nothing_is_lost() -> None:
         values = [b"%d" % n + b"x" * 1000 for n in range(300)]
         await p.send_many("t", values)
         async with mq.subscribe("t", prefetch_bytes=20_000) as sub:
+            await eventually(lambda: sub._buffered_bytes >= 20_000)
+            for _ in range(20):
+                await mq.ping()  # time for many more fetches
+            assert sub._buffered_bytes <= 20_000 + 3 * 11_000
             found = []
             async for message in sub:
                 found.append(message.value)
@@ -898,6 +916,21 @@ async def test_prefetch_is_bounded_and_nothing_is_lost() -> None:
                 if len(found) == 300:
                     break
         assert sorted(found) == sorted(values)
+
+
+@run
+async def test_partitions_take_turns_and_closing_leaves_no_task() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq:
+        await mq.create_topic("t", partitions=3)
+        for n in range(9):
+            await mq.send("t", b"x", partition=n // 3)
+        before = asyncio.all_tasks()
+        sub = mq.subscribe("t")
+        await sub.open()
+        await eventually(lambda: sum(len(one.pieces) for one in sub._partitions.values()) == 9)
+        assert {one.partition for one in await take(aiter(sub), 3)} == {0, 1, 2}
+        await sub.close()
+        assert asyncio.all_tasks() == before
 
 
 @run
@@ -935,6 +968,7 @@ async def test_a_timeout_and_then_the_outcome() -> None:
             await p.flush(timeout=0.01)
         with pytest.raises(OutcomeUnknown):
             await p.send_many("t", [b"4", b"5"], timeout=0.05)
+        assert single.value.pending.waiters == []  # type: ignore[attr-defined]
         waiting = asyncio.create_task(single.value.outcome())
         await link.heal()
         receipt = await waiting
@@ -960,6 +994,29 @@ async def test_an_outcome_that_is_a_refusal() -> None:
             await caught.value.outcome()
         with pytest.raises(idemq.UnknownTopic):
             await p.flush()
+        await p.flush()
+
+
+@run
+async def test_what_failed_after_send_many_gave_up_is_told_by_flush() -> None:
+    async with broker() as b, Link("127.0.0.1", b.port) as link, idemq.connect(link.url) as mq, mq.producer("p") as p:
+        await mq.create_topic("t")
+        await p.send("t", b"0")
+        link.stall()
+        with pytest.raises(OutcomeUnknown):
+            await p.send_many("t", [b"1", b"2"], timeout=0.05)
+        async with idemq.connect(b.url) as other:
+            await other.delete_topic("t")
+        await link.heal()
+        with pytest.raises(idemq.UnknownTopic):
+            await p.flush()
+
+
+@run
+async def test_a_send_many_that_failed_is_not_told_again() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq, mq.producer("p", batch_bytes=100) as p:
+        with pytest.raises(idemq.UnknownTopic):
+            await p.send_many("none", [b"x" * 100] * 20)
         await p.flush()
 
 
@@ -999,6 +1056,34 @@ async def test_a_full_buffer_makes_the_sender_wait() -> None:
             assert [type(one) is Receipt for one in results] == [n != 6 for n in range(10)]
         values = await log(b.url, "t")
         assert [value.rstrip(b"x") for value in values] == [b"warm", *[b"%d" % n for n in range(10) if n != 6]]
+
+
+@run
+async def test_cancelled_questions_are_not_asked() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq:
+        await b.stop()
+        tasks = [asyncio.create_task(mq.create_topic(f"t{n}")) for n in range(5)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await b.start()
+        await mq.ping()
+        assert await mq.topics() == []
+
+
+@run
+async def test_whoever_waits_for_room_comes_before_a_newcomer() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq, mq.producer(batch_bytes=1, in_flight=1) as p:
+        await mq.create_topic("t")
+        await p.send("t", b"warm")
+
+        async def first() -> None:
+            await p.send("t", b"first")
+            await p.send("t", b"newcomer")
+
+        await asyncio.gather(first(), *[p.send("t", b"%d" % n) for n in range(3)])
+        assert await log(b.url, "t") == [b"warm", b"first", b"0", b"1", b"2", b"newcomer"]
 
 
 @run
