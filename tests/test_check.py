@@ -18,6 +18,7 @@ import pytest
 from idemq.broker import check, schema, store
 from idemq.broker.core import Group, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
+from idemq.broker.pages import Broken, Pages
 from idemq.broker.producers import ProducerRow, Result, Takeover
 from idemq.broker.schema import Table
 from idemq.broker.store import Reason, Store, StoreError
@@ -254,6 +255,31 @@ def test_a_flipped_bit_is_found_in_every_table(tmp_path: Path, table: Table) -> 
     environment.close()
     findings = check.walk(tmp_path / "data").findings
     assert any("match" in found.text for found in findings), findings
+
+
+def test_each_page_is_used_once_or_free_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Rows().write(tmp_path / "data")
+    with Pages(str(tmp_path / "data" / store.STORE_FOLDER / "data.mdb")) as pages:
+        free = pages.free_pages()
+        used = pages.meta.main.root
+        lost = min(free)
+        assert pages.walk().free_pages == len(free) > 1
+        monkeypatch.setattr(Pages, "free_pages", lambda self: free - {lost} | {used})
+        with pytest.raises(Broken, match=f"page {used} is in use and free"):
+            pages.walk()
+        monkeypatch.setattr(Pages, "free_pages", lambda self: free - {lost})
+        with pytest.raises(Broken, match="1 pages are neither in use nor free"):
+            pages.walk()
+
+
+@pytest.mark.parametrize("field", ["branch_pages", "leaf_pages", "overflow_pages", "entries"])
+def test_what_lmdb_counted_must_be_there(tmp_path: Path, field: str) -> None:
+    Rows().write(tmp_path / "data")
+    with Pages(str(tmp_path / "data" / store.STORE_FOLDER / "data.mdb")) as pages:
+        main = pages.meta.main
+        pages.meta = pages.meta._replace(main=main._replace(**{field: getattr(main, field) + 1}))
+        with pytest.raises(Broken, match="its root says otherwise"):
+            pages.walk()
 
 
 # ----------------------------------------------------------------------------------------------- in its own process
