@@ -1,0 +1,792 @@
+"""What runs on a client of the simulated world: applications as users would write them, and requests nobody should.
+
+An application acts when its turn comes and is told outcomes as they arrive. It believes the library: it goes on behind
+`last_seq`, sends again what is "not stored" and never what is unknown.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from idemq.broker.groups import OffsetKey
+from idemq.client import records, wire
+from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
+from idemq.client.records import Record
+from idemq.client.session import Producer, Tally
+
+from .oracle import Ask, Source, Transaction, Violation
+
+if TYPE_CHECKING:
+    from .world import Process, World
+
+OUTSTANDING_MAX = 40
+
+
+class Called:
+    """A waiter that is a function."""
+
+    __slots__ = ("settled",)
+
+    def __init__(self, settled: Callable[[Any], None]) -> None:
+        self.settled = settled
+
+
+class App:
+    """One application."""
+
+    named = False
+
+    def __init__(self, world: World, process: Process) -> None:
+        self.world = world
+        self.process = process
+        self.session = process.session
+        self.name = ""
+        self.outstanding = 0
+        self.over = False
+        self.rng = world.rng
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.name} on client {self.process.number}"
+
+    @property
+    def done(self) -> bool:
+        """Has it nothing to wait for?"""
+        return self.outstanding == 0
+
+    def act(self, healed: bool) -> None:
+        """Its turn."""
+        raise AssertionError("each has its own")
+
+    def twin(self, process: Process) -> App:
+        """Another instance of it."""
+        raise AssertionError("only named ones have twins")
+
+    @staticmethod
+    def reading(world: World, process: Process, source: Source) -> App:
+        """A loader of this source."""
+        return Loader(world, process, source)
+
+    def ask(self, request: Any, then: Callable[[Any], None], seconds: float = inf) -> None:
+        """Call the broker."""
+        self.outstanding += 1
+
+        def settled(answer: Any) -> None:
+            self.outstanding -= 1
+            then(answer)
+
+        self.world.operations += 1
+        self.session.call(self.world.now, request, Called(settled), self.world.now + seconds)
+
+
+class Sending(App):
+    """Whatever has a producer."""
+
+    def __init__(
+        self, world: World, process: Process, name: str, *, anonymous: bool = False, dedup: bool = True
+    ) -> None:
+        super().__init__(world, process)
+        self.name = name
+        self.failed = False
+        self.opening = False
+        self.source: Source | None = None
+        self.producer = Producer(
+            name,
+            anonymous=anonymous,
+            dedup=dedup,
+            linger_s=world.linger_s,
+            batch_bytes=world.batch_bytes,
+            in_flight=world.in_flight,
+            codec=wire.Codec.ZLIB if world.seed % 16 == 0 else wire.Codec.NONE,
+            buffer_bytes=100_000,
+        )
+        self.session.add(self.producer)
+        if anonymous:
+            world.oracle.asked_at[self.producer.instance] = world.now
+
+    def settled(self, what: Ask | Transaction, value: Any) -> None:
+        """A waiter of ours got its outcome."""
+        if type(what) is Transaction:
+            self.world.oracle.answered_whole(what, value)
+        else:
+            assert isinstance(what, Ask)
+            self.world.oracle.answered(what, value)
+        if isinstance(value, OutcomeUnknown):
+            pending = getattr(value, "pending", None)
+            if pending is not None and not pending.done:
+                pending.waiters.append(what)
+                return
+        self.outstanding -= 1
+        if isinstance(value, IdemqError):
+            self.failed = True
+        self.decided(what, value)
+
+    def decided(self, what: Ask | Transaction, value: Any) -> None:
+        """An outcome that is final."""
+
+    def ready(self) -> bool:
+        """Open the name first; see whether the producer still lives."""
+        producer, now = self.producer, self.world.now
+        if producer.error is not None:
+            if self.outstanding:
+                raise Violation(f"{self} ended and {self.outstanding} of its waiters were not told")
+            self.over = True
+            if self.session.error is not None:
+                self.world.after(0.2, self._replace_process, None, None)
+            elif not self.world.healed and self.rng.random() < (
+                0.3 if isinstance(producer.error, ProducerFenced) else 0.9
+            ):
+                self._replace()
+            return False
+        if not producer.opened and not producer.anonymous:
+            if not self.opening:
+                self.opening = True
+                self.world.oracle.asked_at.setdefault(producer.instance, now)
+                self.session.open(now, producer, Called(self._opened), now + 3.0)
+            return False
+        return True
+
+    def _opened(self, answer: Any) -> None:
+        self.opening = False
+        if answer is self.producer:
+            life = self.world.oracle.lives[self.session.incarnation]
+            row = life.rows.get(self.producer.id)
+            if row is None and life.rows.get(self.producer.id, 0) == 0:
+                raise Violation(f"{self} was opened and is not durable")
+            if row is not None and self.producer.last_seq > row.last_seq:
+                raise Violation(f"{self} was told {self.producer.last_seq}, {row.last_seq} is durable")
+
+    def _replace_process(self, _one: None, _two: None) -> None:
+        if self.world.alive(self.process):
+            self.world._start(self.process.number)
+
+    def _replace(self) -> None:
+        self.over = True
+        twin = self.twin(self.process)
+        self.process.apps.append(twin)
+        self.world.after(self.rng.random() * 0.3, self.world.act, self.process, twin)
+
+    def topic(self) -> tuple[str, int | None]:
+        """Where to send next."""
+        rng = self.rng
+        # Keys and sticky partitions are the client's own tests; here the partition is ours or the session's.
+        return rng.choice(("t0", "t0", "t1", "t2")), (0 if rng.random() < 0.5 else None)
+
+    def seq(self) -> int | None:
+        """The next record's number, if it is ours to give."""
+        return None
+
+    def send(self, seq: int | None) -> None:
+        """One record that is waited for."""
+        world = self.world
+        topic, partition = self.topic()
+        ask = Ask(self, self.session, self.producer, self.source, topic, partition)
+        value = world.oracle.give(ask)
+        world.operations += 1
+        self.outstanding += 1
+        if seq is not None:
+            ask.seq = seq
+        ask.seq = self.session.enqueue(
+            world.now, self.producer, topic, Record(value, None, None, partition, seq), ask, world.now + world.timeout_s
+        )
+
+    def send_many(self, count: int) -> None:
+        """Records that are waited for together."""
+        world = self.world
+        topic, partition = self.topic()
+        asks = [Ask(self, self.session, self.producer, self.source, topic, None) for _ in range(count)]
+        chunk: list[bytes | Record] = []
+        for ask in asks:
+            value = world.oracle.give(ask)
+            ask.seq = -1
+            seq = self.seq()
+            if seq is not None:
+                ask.seq = seq
+            chunk.append(value if seq is None and partition is None else Record(value, seq=seq))
+        tally = Tally()
+        first = self.producer.highest + 1
+        taken = self.session.enqueue_many(world.now, self.producer, topic, chunk, tally)
+        assert taken == count, "the buffer is large enough"
+        for index, ask in enumerate(asks):
+            if ask.seq < 0 and self.producer.dedup:
+                ask.seq = first + index
+        world.operations += count
+        self.outstanding += 1
+        self.session.finish(
+            world.now, self.producer, tally, Called(lambda answer: self._tallied(asks, tally, answer)), world.timeout_s
+        )
+
+    def _tallied(self, asks: list[Ask], tally: Tally, answer: Any) -> None:
+        self.outstanding -= 1
+        life = self.world.oracle.lives.get(self.session.incarnation)
+        if isinstance(answer, IdemqError):
+            # Nobody waits for them any more and nobody will be told: flush tells whether all went well.
+            self.failed = True
+            if self.producer.queue:
+                self.flush()
+            return
+        if tally.error is not None:
+            self.failed = True
+            return
+        for ask in asks:
+            if life is None or (
+                ask.number not in life.place and (ask.source is None or (self.producer.id, ask.seq) not in life.numbers)
+            ):
+                raise Violation(f"record {ask.number} was counted as stored and is not durable")
+        if tally.stored + tally.duplicates != len(asks):
+            raise Violation(f"of {len(asks)} records {tally.stored} + {tally.duplicates} were counted")
+
+    def flush(self) -> None:
+        """Wait for everything so far."""
+        self.outstanding += 1
+        self.session.flush(self.world.now, self.producer, Called(self._flushed), self.world.timeout_s)
+
+    def _flushed(self, answer: Any) -> None:
+        self.outstanding -= 1
+        if isinstance(answer, OutcomeUnknown) and self.producer.error is None:
+            self.flush()
+        elif isinstance(answer, IdemqError):
+            self.failed = True
+
+    def transact(self, count: int, token: bool, offset: wire.Offset | None = None) -> None:
+        """Records on several topics, stored whole or not at all."""
+        world, now = self.world, self.world.now
+        targets = [self.topic() for _ in range(count)]
+        topics = []
+        for name, _ in targets:
+            topic = self.session.topic(now, name)
+            if topic is None:
+                self.session.look_up(now, name, Called(_settled), now + 5.0)
+                if offset is not None:
+                    self.decided(Transaction(self, self.session, self.producer, None), None)
+                return
+            topics.append(topic)
+        tx = Transaction(self, self.session, self.producer, None)
+        if offset is not None:
+            tx.key = OffsetKey(offset.group, offset.topic_id, offset.partition)
+            tx.lease, tx.start, tx.end = offset.lease, offset.start, offset.end
+            if not count:
+                world.oracle.moves.setdefault((tx.key, tx.start), []).append(tx)
+        sends = []
+        for topic, (_, partition) in zip(topics, targets, strict=True):
+            ask = Ask(self, self.session, self.producer, self.source, topic.name, partition)
+            ask.tx = tx
+            tx.asks.append(ask)
+            value = world.oracle.give(ask)
+            seq = self.seq()
+            if seq is not None:
+                ask.seq = seq
+            sends.append((topic, Record(value, None, None, partition, seq)))
+        tx.number = world.operations
+        if token:
+            tx.token = b"token %d" % len(world.oracle.tokens)
+            world.oracle.tokens[tx.token] = tx
+        world.operations += max(1, count)
+        self.outstanding += 1
+        last = self.session.transact(
+            now, self.producer, sends, [offset] if offset else [], tx.token, tx, now + world.timeout_s
+        )
+        for index, ask in enumerate(tx.asks):
+            if ask.seq < 0 and self.producer.dedup:
+                ask.seq = last - count + 1 + index
+
+    def close(self) -> None:
+        """Give the producer up while things are in flight, and open the name again in the same session."""
+        self.session.remove(self.world.now, self.producer)
+        self.over = True
+        if self.producer.error is None:
+            raise Violation("a removed producer lives on")
+        self._replace()
+
+
+class Loader(Sending):
+    """Reads a source with positions and gives them as numbers. After any failure it goes on behind `last_seq`."""
+
+    named = True
+
+    def __init__(self, world: World, process: Process, source: Source) -> None:
+        super().__init__(world, process, source.name)
+        self.source = source
+        self.at = -1
+        self.failed = True
+
+    def twin(self, process: Process) -> App:
+        assert self.source is not None
+        return Loader(self.world, process, self.source)
+
+    def seq(self) -> int:
+        assert self.source is not None
+        source = self.source
+        if self.at >= len(source.positions):
+            assert not self.world.healed
+            seq = (
+                source.positions[-1] + self.rng.choice((1, 1, 1, 2, 7)) if source.positions else self.rng.choice((0, 3))
+            )
+            source.index[seq] = len(source.positions)
+            source.positions.append(seq)
+        self.at += 1
+        return source.positions[self.at - 1]
+
+    def left(self) -> int:
+        """How many records there are to send."""
+        assert self.source is not None
+        return len(self.source.positions) - self.at if self.world.healed else 1000
+
+    @property
+    def done(self) -> bool:
+        return self.outstanding == 0 and self.left() == 0 and not self.failed
+
+    def act(self, healed: bool) -> None:
+        if not self.ready():
+            return
+        assert self.source is not None
+        producer, rng = self.producer, self.rng
+        if self.failed:
+            if self.outstanding:
+                return
+            self.failed = False
+            if producer.queue:
+                self.flush()
+                self.failed = True
+                return
+            life = self.world.oracle.lives[self.session.incarnation]
+            row = life.rows.get(producer.id)
+            if row is not None and producer.last_seq > row.last_seq:
+                raise Violation(f"{self} believes in {producer.last_seq}, {row.last_seq} is durable")
+            self.at = bisect_right(self.source.positions, producer.last_seq)
+            if self.left():
+                self.send(self.seq())
+            return
+        if self.outstanding > OUTSTANDING_MAX:
+            return
+        left = self.left()
+        chance = rng.random()
+        if chance < 0.15 and left >= 4:
+            self.transact(rng.randint(1, 4), rng.random() < 0.5)
+        elif chance < 0.22 and self.at:
+            self.send(self.source.positions[max(0, self.at - rng.randint(1, 8))])
+        elif chance < 0.35 and left >= 8:
+            self.send_many(rng.randint(1, 8))
+        elif chance < 0.4:
+            self.flush()
+        elif chance < 0.42 and not healed:
+            self.close()
+        else:
+            for _ in range(min(left, rng.randint(1, 5))):
+                self.send(self.seq())
+
+
+class Sender(Sending):
+    """Sends what has no position: by a named, an anonymous producer or one without dedup."""
+
+    def __init__(self, world: World, process: Process, kind: str) -> None:
+        self.kind = kind
+        name = f"counted{process.number}"
+        if kind != "counted":
+            world.session_number += 1
+            name = f"~{world.session_number}"
+        super().__init__(world, process, name, anonymous=kind == "anonymous", dedup=kind != "plain")
+        self.named = kind == "counted"
+
+    def twin(self, process: Process) -> App:
+        twin = Sender(self.world, process, self.kind)
+        if self.named:
+            twin.name = twin.producer.name = self.name
+        return twin
+
+    def act(self, healed: bool) -> None:
+        if not self.ready() or healed or self.outstanding > OUTSTANDING_MAX:
+            return
+        rng = self.rng
+        chance = rng.random()
+        if chance < 0.15:
+            token = self.named and rng.random() < 0.5
+            self.transact(rng.randint(0 if token else 1, 4), token)
+        elif chance < 0.3:
+            self.send_many(rng.randint(1, 8))
+        elif chance < 0.33:
+            self.flush()
+        elif chance < 0.35:
+            self.close()
+        elif chance < 0.45 and self.kind == "anonymous":
+            pass
+        else:
+            for _ in range(rng.randint(1, 5)):
+                self.send(None)
+
+
+class Leasing(Sending):
+    """Whatever moves a group's position in the first partition of a topic."""
+
+    group = ""
+
+    def __init__(self, world: World, process: Process) -> None:
+        world.session_number += 1
+        super().__init__(world, process, f"~{world.session_number}", anonymous=True)
+        self.topic_id = 0
+        self.lease = 0
+        self.known = 0
+        self.next = 0
+        self.busy = False
+
+    def twin(self, process: Process) -> App:
+        return type(self)(self.world, process)
+
+    def act(self, healed: bool) -> None:
+        if not self.ready() or self.busy or self.outstanding:
+            return
+        if healed and self.caught_up():
+            return
+        now = self.world.now
+        topic = self.session.topic(now, "t0")
+        if topic is None:
+            self.busy = True
+            self.session.look_up(now, "t0", Called(self._found), now + 5.0)
+            return
+        if topic.topic_id != self.topic_id:
+            self.topic_id, self.lease, self.known = topic.topic_id, 0, 0
+        self.busy = True
+        if not self.lease:
+            self.world.oracle.asked_at.setdefault(self.session.config.session, now)
+            request = wire.Grant(self.group, self.topic_id, 0, self.session.config.session, self.known)
+            self.ask(request, self._granted, 5.0)
+        else:
+            fetch = wire.Fetch([wire.Range(self.topic_id, 0, self.next)], 200, 0)
+            self.ask(fetch, self._fetched, 5.0)
+
+    def caught_up(self) -> bool:
+        """Is all input taken?"""
+        world = self.world
+        for topic in world.store.topics():
+            if topic.name == "t0" and not topic.deleted:
+                key = OffsetKey(self.group, topic.topic_id, 0)
+                row = world.oracle.life.offsets.get(key)
+                return row is not None and row.next >= len(world.oracle.life.logs.get((topic.topic_id, 0), ()))
+        return True
+
+    @property
+    def done(self) -> bool:
+        return self.outstanding == 0 and not self.busy and self.caught_up()
+
+    def _found(self, answer: Any) -> None:
+        self.busy = False
+
+    def _granted(self, answer: Any) -> None:
+        self.busy = False
+        if type(answer) is wire.Granted:
+            self.lease, self.next = answer.lease, answer.next
+        elif isinstance(answer, IdemqError) and "epoch" in answer.details:
+            epoch = answer.details["epoch"]
+            # Taking it over at once would be a fight; once healed, somebody must.
+            self.known = epoch if isinstance(epoch, int) and self.rng.random() < 0.4 else self.known
+        elif isinstance(answer, IdemqError):
+            self._forget_topic()
+
+    def _forget_topic(self) -> None:
+        self.lease = self.known = 0
+        self.busy = True
+        self.session.look_up(self.world.now, "t0", Called(self._found), self.world.now + 5.0)
+
+    def _fetched(self, answer: Any) -> None:
+        self.busy = False
+        if isinstance(answer, IdemqError):
+            return
+        part = answer[0].parts[0]
+        if part.code == "OFFSET_TRUNCATED":
+            self.move(part.earliest, skipping=True)
+        elif part.code == "UNKNOWN_TOPIC":
+            self._forget_topic()
+        elif part.batches:
+            self.move(self.rng.randint(max(self.next, part.batches[-1].offset) + 1, part.next), skipping=False)
+
+    def move(self, end: int, skipping: bool) -> None:
+        """Input up to here is worked on."""
+        raise AssertionError("each has its own")
+
+
+class Worker(Leasing):
+    """Consumes, processes and produces in one transaction."""
+
+    group = "worker"
+
+    def move(self, end: int, skipping: bool) -> None:
+        self.busy = True
+        offset = wire.Offset(self.group, self.topic_id, 0, self.lease, self.next, end)
+        self.transact(0 if skipping else self.rng.randint(0, 2), False, offset)
+
+    def topic(self) -> tuple[str, int | None]:
+        return self.rng.choice(("t1", "t2")), 0
+
+    def decided(self, what: Ask | Transaction, value: Any) -> None:
+        self.busy = False
+        self.failed = False
+        assert isinstance(what, Transaction)
+        if isinstance(value, list):
+            self.next = what.end
+            # A second run of a block whose outcome came late, or was believed lost: it must be refused.
+            if self.rng.random() < 0.1:
+                self.next = what.start
+        elif isinstance(value, IdemqError):
+            self.lease = 0
+
+
+class Mover(Leasing):
+    """Commits positions without a producer, several at a time."""
+
+    group = "mover"
+
+    def move(self, end: int, skipping: bool) -> None:
+        # The last of them may be an old one: a position never goes back.
+        again = [self.rng.randint(0, self.next)] if self.rng.random() < 0.3 else []
+        for position in [*range(self.next + 1, end + 1), *again]:
+            offset = wire.Offset(self.group, self.topic_id, 0, self.lease, min(self.next, position), position)
+            self.busy = True
+            self.ask(
+                wire.Commit(0, 0, -1, -1, [], [offset]), lambda answer, offset=offset: self._moved(offset, answer), 5.0
+            )
+
+    def _moved(self, offset: wire.Offset, answer: Any) -> None:
+        self.world.oracle.moved_plainly(self.session, offset, answer)
+        self.busy = False
+        if type(answer) is wire.Committed:
+            self.next = max(self.next, offset.end)
+        else:
+            self.lease = 0
+
+
+class Follower(App):
+    """Reads every partition from its beginning."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        super().__init__(world, process)
+        self.positions: dict[tuple[int, int], int] = {}
+        self.ids: dict[str, int] = {}
+
+    @property
+    def done(self) -> bool:
+        life = self.world.oracle.life
+        return all(
+            self.positions.get((topic.topic_id, index), 0) >= len(life.logs.get((topic.topic_id, index), ()))
+            for topic in self.world.store.topics()
+            if not topic.deleted and topic.name in ("t0", "t1", "t2")
+            for index in range(len(topic.floors))
+        )
+
+    def act(self, healed: bool) -> None:
+        if self.session.error is not None:
+            self.over = True
+            self.world.after(0.2, self._replace_process, None, None)
+            return
+        rng, now = self.rng, self.world.now
+        if healed and self.done:
+            return
+        for name in ("t0", "t1", "t2"):
+            topic = self.session.topic(now, name)
+            if topic is None:
+                self.session.look_up(now, name, None, inf)
+                continue
+            if self.ids.get(name) != topic.topic_id:
+                self.positions = {key: at for key, at in self.positions.items() if key[0] != self.ids.get(name)}
+                self.ids[name] = topic.topic_id
+            for index in range(topic.partitions):
+                self.positions.setdefault((topic.topic_id, index), 0)
+        if not self.positions or self.outstanding > 1:
+            return
+        ranges = [wire.Range(*key, at) for key, at in self.positions.items()]
+        wait_ms = rng.choice((0, 0, 100, 1500))
+        request = wire.Fetch(ranges, rng.choice((1, 300, 1 << 20)), wait_ms)
+        self.ask(request, lambda answer: self._fetched(ranges, answer))
+
+    def _replace_process(self, _one: None, _two: None) -> None:
+        if self.world.alive(self.process):
+            self.world._start(self.process.number)
+
+    def _fetched(self, ranges: list[wire.Range], answer: Any) -> None:
+        if isinstance(answer, IdemqError):
+            return
+        world = self.world
+        life = world.oracle.lives[self.session.incarnation]
+        reply, payload = answer
+        asked = {(topic_id, partition): offset for topic_id, partition, offset in ranges}
+        start = 0
+        for part in reply.parts:
+            key = (part.topic_id, part.partition)
+            batches = []
+            for offset, _, length in part.batches:
+                batches.append((offset, payload[start : start + length]))
+                start += length
+            if part.code == "OFFSET_TRUNCATED":
+                world.oracle.truncated(life, key, part.earliest)
+                if key in self.positions:
+                    self.positions[key] = max(self.positions[key], part.earliest)
+            elif part.code == "UNKNOWN_TOPIC":
+                self.positions.pop(key, None)
+                for name, topic_id in list(self.ids.items()):
+                    if topic_id == part.topic_id:
+                        del self.ids[name]
+                        self.session.look_up(world.now, name, None, inf)
+            elif part.code:
+                raise Violation(f"a reader of {key} at {asked[key]} was told {part.code} {part.text}")
+            else:
+                if part.next > len(life.logs.get(key, ())):
+                    raise Violation(f"a reader of {key} was told of {part.next}, which is not durable")
+                at = world.oracle.read(life, key, asked[key], batches)
+                if key in self.positions:
+                    self.positions[key] = max(self.positions[key], at)
+
+
+# --------------------------------------------------------------------------------------------- who runs where
+
+
+def source_of(world: World, name: str) -> Source:
+    """A name's source."""
+    if name not in world.sources:
+        world.sources[name] = Source(name, [])
+    return world.sources[name]
+
+
+def apps_of(world: World, process: Process) -> list[App]:
+    """What runs on a client."""
+    number = process.number
+    if number == 0:
+        return [
+            Loader(world, process, source_of(world, "load0")),
+            Sender(world, process, "counted"),
+            Worker(world, process),
+        ]
+    if number == 1:
+        return [
+            Loader(world, process, source_of(world, "load1")),
+            Sender(world, process, "anonymous"),
+            Worker(world, process),
+        ]
+    if number == 2:
+        return [Sender(world, process, "plain"), Follower(world, process), Sender(world, process, "anonymous")]
+    if number == 3:
+        return [Mover(world, process), Sender(world, process, "counted"), Follower(world, process)]
+    return [
+        Mover(world, process),
+        Sender(world, process, "anonymous"),
+        Loader(world, process, source_of(world, "load0")),
+    ]
+
+
+def _settled(answer: Any) -> None:
+    """Nobody minds what became of it."""
+
+
+def admin(world: World, process: Process) -> None:
+    """One thing that an administrator does."""
+    rng, now, session = world.rng, world.now, process.session
+
+    def ask(request: Any) -> None:
+        world.operations += 1
+        session.call(now, request, Called(_settled), now + 4.0)
+
+    topics = [topic for topic in world.store.topics() if not topic.deleted]
+    if world.healed:
+        for name in ("t0", "t1", "t2"):
+            if name not in [topic.name for topic in topics]:
+                ask(wire.CreateTopic(name, 1, wire.Settings(), exist_ok=True, nonce="n"))
+        return
+    chance = rng.random()
+    name = rng.choice(("t0", "t1", "t2", "extra", f"x{rng.randrange(9)}"))
+    if chance < 0.25:
+        settings = wire.Settings(retention_bytes=rng.choice((None, None, 100)))
+        nonce = f"n{world.operations}"
+        ask(wire.CreateTopic(name, rng.choice((1, 2)), settings, exist_ok=rng.random() < 0.5, nonce=nonce))
+    elif chance < 0.38 and topics:
+        topic = rng.choice(topics)
+        ask(wire.DeleteTopic(topic.topic_id))
+        if rng.random() < 0.7:
+            ask(wire.CreateTopic(topic.name, rng.choice((1, 2)), wire.Settings(), nonce=f"n{world.operations}"))
+    elif chance < 0.46 and topics:
+        topic = rng.choice(topics)
+        ends = [world.store.partition(topic.topic_id, index) for index in range(len(topic.floors))]
+        ask(wire.PurgeTopic(topic.topic_id, [rng.randint(0, end.next) if end else 0 for end in ends]))
+    elif chance < 0.54 and topics:
+        topic = rng.choice(topics)
+        retention = wire.Settings(retention_ms=rng.choice((None, 3000)), retention_bytes=rng.choice((None, 400)))
+        ask(wire.AlterTopic(topic.topic_id, rng.choice((1, 2, 3)), retention))
+    elif chance < 0.6:
+        rows = world.store.producers_from(0, 50)
+        if rows:
+            row = rng.choice(rows)
+            ask(wire.DeleteProducer(row.producer_id, row.epoch - rng.choice((0, 0, 0, 1)) or 1))
+    elif chance < 0.7:
+        ask(wire.Metadata(None))
+        ask(wire.Producers(None))
+    elif chance < 0.78 and topics:
+        ask(wire.OffsetAt(topics[0].topic_id, 0, int((world.wall_s + now) * 1000) - rng.randint(0, 3000)))
+    else:
+        ask(wire.Ping())
+
+
+def probe(world: World) -> None:
+    """One request that no session makes; whatever it carries must never be stored."""
+    rng = world.rng
+    topics = [topic for topic in world.store.topics() if not topic.deleted]
+    rows = world.store.producers_from(0, 50)
+    if not topics or not rows:
+        return
+    topic, row = rng.choice(topics), rng.choice(rows)
+    topic_id = topic.topic_id
+
+    def commit(producer_id: int, epoch: int, prev: int, last: int, **wrong: Any) -> None:
+        body = records.pack([world.oracle.stray()], None, None, None, wire.Codec.NONE)
+        batch = wire.make_batch(0, 1, topic_id, 0, wrong.get("producer", producer_id), last, last, body)
+        if "damage" in wrong:
+            batch = batch[:-1] + bytes([batch[-1] ^ 1])
+        append = wire.Append(wrong.get("topic", topic_id), wrong.get("partition", 0), len(batch))
+        world.probe(wire.Commit(producer_id, epoch, prev, last, [append], wrong.get("offsets", []), None), batch)
+
+    kind = rng.randrange(16)
+    here, epoch, far = row.producer_id, row.epoch, 10**6
+    if kind == 0:
+        commit(here, epoch, far, far + 1)
+    elif kind == 1:
+        commit(here, epoch + far, row.last_seq, far)
+    elif kind == 2:
+        commit(far, 1, -1, 5)
+    elif kind == 3:
+        commit(here, epoch, far, far)
+    elif kind == 4 and row.last_seq >= 0:
+        commit(here, epoch, row.last_seq - 1, row.last_seq)
+    elif kind == 5:
+        commit(0, 0, -1, -1, topic=far)
+    elif kind == 6:
+        commit(0, 0, -1, -1, producer=here)
+    elif kind == 7:
+        commit(0, 0, -1, -1, damage=True)
+    elif kind == 8:
+        commit(0, 0, -1, -1, offsets=[wire.Offset("mover", topic_id, 0, far, 0, 1)])
+    elif kind == 9:
+        key = OffsetKey("mover", topic_id, 0)
+        position = world.store.offset(key)
+        if position is not None:
+            offset = wire.Offset("mover", topic_id, 0, position.lease, position.next, far)
+            world.probe(wire.Commit(0, 0, -1, -1, [], [offset]))
+    elif kind == 10:
+        key = OffsetKey("mover", topic_id, 0)
+        offset = wire.Offset("mover", topic_id, 0, 1, 0, 1)
+        world.probe(wire.Commit(0, 0, -1, -1, [], [offset, offset]))
+    elif kind == 11:
+        world.probe(
+            rng.choice((wire.AlterTopic(far, 1, wire.Settings()), wire.PurgeTopic(far, [0]), wire.DeleteTopic(far)))
+        )
+    elif kind == 12:
+        unsupported = rng.choice((wire.Settings(dedup_window_ms=5), wire.Settings(cleanup="compact")))
+        world.probe(rng.choice((wire.CreateTopic("u", 1, unsupported), wire.AlterTopic(topic_id, 1, unsupported))))
+    elif kind == 13:
+        world.probe(
+            rng.choice((wire.PurgeTopic(topic_id, [0] * 9), wire.PurgeTopic(topic_id, [far] * len(topic.floors))))
+        )
+    elif kind == 14:
+        world.probe(
+            rng.choice((wire.DeleteProducer(far, 1), wire.Grant("g", far, 0, "p", 0), wire.OffsetAt(far, 0, 0)))
+        )
+    else:
+        requests = (wire.Hello(wire.VERSION, "again"), wire.Open(f"nobody{rng.randrange(99)}", "p", far), wire.Pong(1))
+        world.probe(rng.choice(requests))

@@ -1,0 +1,244 @@
+"""Which outcomes, refusals and recovery branches of core and session a run went through, counted from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply, Space
+from idemq.broker.groups import OffsetKey
+from idemq.client import wire
+from idemq.client.errors import OutcomeUnknown, StoreReplaced
+from idemq.client.session import Pending, Session
+from idemq.client.wire import Code, Failed
+
+from .world import FAULT_KINDS, World
+
+COUNTS: Counter[str] = Counter()
+EACH_AT_LEAST = 20
+"""Over the seeds of CI."""
+
+
+class WatchedCore(Core):
+    """A core that is looked at."""
+
+    def step(self, now: Now, connection: Connection, correlation: int, request: Any, payload: bytes) -> Output | None:
+        kind = type(request)
+        before: Any = None
+        if kind is wire.Open:
+            before = self._producer_named(request.name)
+        elif kind is wire.Commit:
+            before = self._producer(request.producer_id) if request.producer_id else None
+        elif kind is wire.Grant:
+            before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
+        elif kind is wire.CreateTopic:
+            before = self._topic_ids.get(request.name)
+        elif kind is wire.DeleteTopic:
+            before = self._topic(request.topic_id)
+        elif kind is wire.DeleteProducer:
+            before = self._producer(request.producer_id)
+        output = super().step(now, connection, correlation, request, payload)
+        name = kind.__name__
+        if output is None:
+            group = self._building
+            where = "the group being built"
+            if not group.replies or group.replies[-1].connection is not connection:
+                group, where = self._in_flight or group, "the group in flight"
+            elif not group.writes:
+                where = "nothing"
+            if kind is wire.Fetch:
+                COUNTS["core: Fetch waits"] += 1
+                return output
+            COUNTS[f"core: a reply waits for {where}"] += 1
+            message = group.replies[-1].message
+        elif type(output) is Read:
+            COUNTS["core: Fetch reads"] += 1
+            for part in output.parts:
+                COUNTS[f"core: Fetch {part.code}"] += 1
+            return output
+        else:
+            assert isinstance(output, Reply)
+            message = output.message
+        self._count(name, request, before, message)
+        return output
+
+    def _count(self, name: str, request: Any, before: Any, message: Any) -> None:
+        if type(message) is Failed:
+            COUNTS[f"core: {name} {message.code}"] += 1
+            for key in ("ended_at", "next"):
+                if key in message.details:
+                    known = "unknown" if message.details[key] is None else "known"
+                    COUNTS[f"core: {name} {message.code}, {key} {known}"] += 1
+        elif type(message) is wire.Committed:
+            if message.duplicate:
+                what = "duplicate, forgotten" if message.positions is None else "duplicate"
+                if before is not None and request.epoch < before.epoch:
+                    what = "duplicate of a fenced epoch"
+            else:
+                what = "stored" if request.producer_id else "stored without a producer"
+                COUNTS["core: Commit on several partitions"] += len(request.appends) > 1
+                COUNTS["core: Commit of appends and offsets"] += bool(request.appends and request.offsets)
+                COUNTS["core: Commit of offsets only"] += bool(request.offsets and not request.appends)
+                COUNTS["core: Commit with a token"] += request.token is not None
+            COUNTS[f"core: Commit {what}"] += 1
+        elif type(message) is wire.Opened:
+            what = "creates" if before is None else "is repeated" if before.epoch == message.epoch else "takes over"
+            COUNTS[f"core: Open {what}"] += 1
+        elif type(message) is wire.Granted:
+            what = "creates" if before is None else "is repeated" if before.lease == message.lease else "takes over"
+            COUNTS[f"core: Grant {what}"] += 1
+        elif name == "CreateTopic":
+            COUNTS[f"core: CreateTopic {'creates' if before is None else 'finds'}"] += 1
+        elif name in ("DeleteTopic", "DeleteProducer"):
+            COUNTS[f"core: {name} {'repeated' if before is None else 'deletes'}"] += 1
+        else:
+            COUNTS[f"core: {name} answered"] += 1
+
+    def begin(self) -> Group | None:
+        group = super().begin()
+        if group is not None and not group.writes:
+            COUNTS["core: a group without writes"] += 1
+        return group
+
+    def committed(self, space: Space | None) -> list[Output]:
+        if self._building.writes:
+            COUNTS["core: decided while a group is in flight"] += 1
+        outputs = super().committed(space)
+        COUNTS["core: a waiting Fetch is woken"] += sum(type(output) is Read for output in outputs)
+        return outputs
+
+    def tick(self, now: Now) -> tuple[int, list[Output]]:
+        trims, rows, alarm = len(self._building.trims), self._producer_count, self.alarm
+        due, outputs = super().tick(now)
+        COUNTS["core: batches trimmed"] += len(self._building.trims) > trims
+        COUNTS["core: an idle producer expires"] += rows - self._producer_count
+        COUNTS["core: the clock jumped"] += bool(self.alarm) and not alarm
+        COUNTS["core: a waiting Fetch is over"] += len(outputs)
+        return due, outputs
+
+
+class WatchedSession(Session):
+    """A session that is looked at."""
+
+    def disconnected(self, now: float, reason: str) -> None:
+        COUNTS["session: sent again on a new connection (C3)"] += sum(producer.sent > 0 for producer in self.producers)
+        COUNTS["session: a drain ends with its connection"] += sum(producer.refused for producer in self.producers)
+        COUNTS["session: the dial failed"] += self.state == "dialling"
+        super().disconnected(now, reason)
+
+    def received(self, now: float, correlation: int, message: Any, payload: bytes = b"") -> None:
+        COUNTS["session: an answer nobody waits for"] += correlation not in self._outstanding
+        super().received(now, correlation, message, payload)
+
+    def tick(self, now: float) -> None:
+        cut, pings = self._cut, len(self._frames)
+        super().tick(now)
+        COUNTS["session: an answer is overdue"] += self._cut and not cut
+        COUNTS["session: a ping on an idle connection"] += any(
+            type(frame.request) is wire.Ping for frame in self._frames[pings:]
+        )
+
+    def _welcomed(self, now: float, message: Any) -> None:
+        super()._welcomed(now, message)
+        COUNTS["session: the store was replaced"] += isinstance(self.error, StoreReplaced)
+
+    def _answered(self, now: float, call: Any, answer: Any, payload: bytes) -> None:
+        failures = call.failures
+        super()._answered(now, call, answer, payload)
+        COUNTS["session: a call is tried again"] += call.failures > failures
+
+    def _timed_out(self, call: Any) -> Any:
+        error = super()._timed_out(call)
+        COUNTS[f"session: a call ends as {error.code}"] += 1
+        return error
+
+    def _open(self, now: float, producer: Any, waiter: Any, deadline: float, expected_epoch: int) -> None:
+        COUNTS["session: open again after a race"] += expected_epoch > 0
+        super()._open(now, producer, waiter, deadline, expected_epoch)
+
+    def _committed(self, now: float, producer: Any, commit: Any, answer: Any) -> None:
+        if type(answer) is Failed and answer.code == Code.STALE_CONNECTION:
+            COUNTS["session: told that its connection is stale"] += 1
+        COUNTS["session: answered after its end"] += producer.error is not None
+        super()._committed(now, producer, commit, answer)
+        COUNTS["session: waits for the answers behind a refusal"] += producer.refused
+
+    def _act_on_refusal(self, now: float, producer: Any) -> None:
+        sent = [commit for commit in producer.queue if commit.sent]
+        codes = [commit.refusal.code for commit in sent]
+        code = next((code for code in codes if code != Code.SEQUENCE_GAP), codes[0])
+        COUNTS[f"session: refused by {code}"] += 1
+        COUNTS["session: a drain of several"] += len(sent) > 1
+        COUNTS["session: a retriable refusal with a tail"] += code in (Code.STORE_FULL, Code.BUSY) and len(sent) > 1
+        super()._act_on_refusal(now, producer)
+
+    def _fail_definitely(self, now: float, producer: Any, head: Any, error: Any) -> None:
+        behind = list(producer.queue)[producer.queue.index(head) + 1 :]
+        if head.transaction:
+            what = "a transaction"
+        else:
+            what = "given numbers" if producer.given else "counted numbers"
+        tail = "" if not behind else ", the tail was sent" if behind[0].frozen else ", the tail was not sent"
+        COUNTS[f"session: a definite refusal of {what}{tail}"] += 1
+        COUNTS["session: in doubt without dedup"] += head.in_doubt
+        super()._fail_definitely(now, producer, head, error)
+
+    def _fenced(self, now: float, producer: Any, refusal: Failed) -> None:
+        ended_at = refusal.details.get("ended_at")
+        for commit in producer.queue:
+            if not commit.ever_sent:
+                what = "never sent"
+            elif not isinstance(ended_at, int):
+                what = "unknown"
+            else:
+                what = "stored" if commit.last_seq <= ended_at else "not stored"
+            COUNTS[f"session: fenced, {what}"] += 1
+        super()._fenced(now, producer, refusal)
+
+    def _end_producer(self, now: float, producer: Any, error: Any, *, unknown: bool = True) -> None:
+        if producer.error is None:
+            for commit in producer.queue:
+                what = "unknown" if commit.ever_sent and unknown else "not stored"
+                COUNTS[f"session: {what} when its producer ends ({error.code})"] += 1
+        super()._end_producer(now, producer, error, unknown=unknown)
+
+    def _join(self, producer: Any, topic: str, record: Any, waiter: Any, *rest: Any) -> None:
+        told = len(self._completions)
+        super()._join(producer, topic, record, waiter, *rest)
+        if waiter is not None:
+            what = "answered at once (C8)" if len(self._completions) > told else "joined"
+            COUNTS[f"session: a number given before is {what}"] += 1
+
+    def _detach(self, waiter: Any, seq: int) -> Any:
+        COUNTS["session: a wait ends before the answer (C7)"] += waiter is not None and type(waiter) is not Pending
+        return super()._detach(waiter, seq)
+
+    def _complete(self, waiter: Any, value: Any) -> None:
+        if type(waiter) is Pending and not isinstance(value, OutcomeUnknown):
+            COUNTS[
+                f"session: the outcome is known later: {'failed' if isinstance(value, Exception) else 'stored'}"
+            ] += 1
+        super()._complete(waiter, value)
+
+
+class WatchedWorld(World):
+    """A world of those two."""
+
+    session_class = WatchedSession
+    core_class = WatchedCore
+
+    def run(self) -> None:
+        super().run()
+        COUNTS["seeds"] += 1
+        COUNTS["operations"] += self.operations
+        for kind, count in self.kinds.items():
+            COUNTS[f"fault: {kind}"] += count
+
+    def _group_failed(self) -> None:
+        COUNTS["world: a group fails"] += 1
+        COUNTS["world: a group fails, the next is being built"] += bool(self.core._building.writes)
+        super()._group_failed()
+
+
+FAULTS = [f"fault: {kind}" for kind in dict.fromkeys(FAULT_KINDS)]
+REQUIRED: list[str] = []

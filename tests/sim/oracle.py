@@ -1,0 +1,491 @@
+"""The oracle: knows every record that was ever given, every answer a user got, and what each group commit stored.
+
+It watches from outside: groups as they become durable, answers as the waiters get them. It knows nothing of the core's
+or the session's state, and it keeps a log of its own. A breach of the promise raises `Violation`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import msgpack
+
+from idemq.broker.core import Group
+from idemq.broker.groups import OffsetKey, OffsetRow
+from idemq.broker.producers import ProducerRow
+from idemq.client import wire
+from idemq.client.errors import IdemqError, LeaseLost, OutcomeUnknown
+from idemq.client.records import Receipt
+from idemq.client.session import Producer, Session
+
+HEADER_BYTES = wire.BATCH_HEADER.size
+LogKey = tuple[int, int]
+
+
+SURFACING = frozenset(
+    {
+        "OUTCOME_UNKNOWN",
+        "PRODUCER_FENCED",
+        "OPEN_RACE",
+        "UNKNOWN_TOPIC",
+        "UNKNOWN_PRODUCER",
+        "STORE_REPLACED",
+        "CLIENT_CLOSED",
+        "QUOTA_EXCEEDED",
+        "NOT_STORED",
+        "TRANSACTION_ABORTED",
+        "LEASE_LOST",
+        "OFFSET_CONFLICT",
+    }
+)
+"""How a record may fail that was given rightly. All else is the library's own business: to try again, or a bug."""
+
+
+class Violation(AssertionError):
+    """The promise is broken."""
+
+
+class Source:
+    """What a named producer reads: positions with gaps, the same for every instance of the name."""
+
+    __slots__ = ("index", "name", "positions")
+
+    def __init__(self, name: str, positions: list[int]) -> None:
+        self.name = name
+        self.positions = positions
+        self.index = {seq: at for at, seq in enumerate(positions)}
+
+
+class Ask:
+    """One record that was given to a producer. Its value names it, and no other record has the same."""
+
+    __slots__ = ("answer", "app", "number", "partition", "producer", "seq", "session", "source", "topic", "tx")
+
+    def __init__(
+        self, app: Any, session: Session, producer: Producer, source: Source | None, topic: str, partition: int | None
+    ) -> None:
+        self.app = app
+        self.session = session
+        self.producer = producer
+        self.source = source
+        self.topic = topic
+        self.partition = partition
+        self.number = -1
+        self.seq = -1
+        self.tx: Transaction | None = None
+        self.answer: Any = None
+
+    def settled(self, value: Any) -> None:
+        """It is a waiter: here is its outcome."""
+        self.app.settled(self, value)
+
+
+class Transaction:
+    """Records, and perhaps a token and a group's move, that are stored whole or not at all."""
+
+    __slots__ = ("answer", "app", "asks", "end", "key", "lease", "number", "producer", "session", "start", "token")
+
+    def __init__(self, app: Any, session: Session, producer: Producer, token: bytes | None) -> None:
+        self.app = app
+        self.session = session
+        self.producer = producer
+        self.token = token
+        self.asks: list[Ask] = []
+        self.key: OffsetKey | None = None
+        self.number = 0
+        self.lease = self.start = self.end = 0
+        self.answer: Any = None
+
+    def settled(self, value: Any) -> None:
+        """It is a waiter: here is its outcome."""
+        self.app.settled(self, value)
+
+
+class Life:
+    """What is durable in one store. A restored copy begins a new life."""
+
+    __slots__ = (
+        "counter",
+        "floors",
+        "holders",
+        "incarnation",
+        "logs",
+        "names",
+        "numbers",
+        "offsets",
+        "order",
+        "owners",
+        "place",
+        "progress",
+        "rows",
+        "tokens",
+    )
+
+    def __init__(self, incarnation: bytes) -> None:
+        self.incarnation = incarnation
+        self.logs: dict[LogKey, list[int]] = {}
+        """What lies at which offset: every ask ever stored, also those trimmed since."""
+        self.place: dict[int, tuple[LogKey, int]] = {}
+        self.numbers: dict[tuple[int, int], int] = {}
+        """(producer id, seq) -> ask."""
+        self.order: dict[tuple[int, LogKey], int] = {}
+        self.progress: dict[int, int] = {}
+        """Producer id -> how many positions of its source are stored."""
+        self.rows: dict[int, ProducerRow | None] = {}
+        self.owners: dict[int, str] = {}
+        """Producer id -> name, also of those deleted."""
+        self.offsets: dict[OffsetKey, OffsetRow] = {}
+        self.floors: dict[LogKey, int] = {}
+        self.names: dict[int, str] = {}
+        self.holders: dict[tuple[Any, int], str] = {}
+        """(producer id or position, epoch or lease) -> the one session it was given to."""
+        self.tokens: dict[int, bytes | None] = {}
+        self.counter = 0
+
+    def copy(self) -> Life:
+        other = Life(self.incarnation)
+        for name in Life.__slots__:
+            value = getattr(self, name)
+            setattr(other, name, value.copy() if isinstance(value, dict) else value)
+        other.logs = {key: log.copy() for key, log in self.logs.items()}
+        return other
+
+
+class Oracle:
+    """See the file's head."""
+
+    def __init__(self, incarnation: bytes, remember: int) -> None:
+        self.remember = remember
+        self.life = Life(incarnation)
+        self.lives = {incarnation: self.life}
+        self.asks: list[Ask] = []
+        self.open = 0
+        """Answers that are still owed."""
+        self.moves: dict[tuple[OffsetKey, int], list[Transaction]] = {}
+        """Transactions that move a position and carry no record."""
+        self.tokens: dict[bytes, Transaction] = {}
+        self.asked_at: dict[str, float] = {}
+        """When an instance first asked for a name or lease, by the name it asks under."""
+        self.died_at: dict[str, float] = {}
+        """When a session's process died."""
+
+    # -------------------------------------------------------------------------------------------- what is given
+
+    def give(self, ask: Ask) -> bytes:
+        """A record is about to be enqueued: its value."""
+        ask.number = len(self.asks)
+        self.asks.append(ask)
+        return b"%d" % ask.number
+
+    def stray(self) -> bytes:
+        """The value of a record that must never be stored."""
+        number = len(self.asks)
+        ask = Ask(None, None, None, None, "", None)  # type: ignore[arg-type]  # nobody's
+        ask.number = number
+        ask.answer = Violation("a wrong request was stored")
+        self.asks.append(ask)
+        return b"%d" % number
+
+    # ------------------------------------------------------------------------------------------ what is durable
+
+    def durable(self, group: Group) -> None:
+        """A group commit is on the disk."""
+        life = self.life
+        seqs: dict[int, list[int]] = {}
+        touched: dict[Transaction, None] = {}
+        if group.counter is not None:
+            if group.counter < life.counter:
+                raise Violation(f"the counter went back from {life.counter} to {group.counter}")
+            life.counter = group.counter
+        for topic_id, topic in group.topics.items():
+            if topic is not None:
+                life.names[topic_id] = topic.name
+                for index, floor in enumerate(topic.floors):
+                    if floor:
+                        life.floors[topic_id, index] = floor
+        for stored in group.appends:
+            key = (stored.topic_id, stored.partition)
+            log = life.logs.get(key)
+            if log is None:
+                log = life.logs[key] = []
+            if stored.offset != len(log):
+                raise Violation(f"{key}: a batch at {stored.offset}, the log ends at {len(log)}")
+            header = wire.BATCH_HEADER.unpack_from(stored.batch)
+            body: Any = memoryview(stored.batch)[HEADER_BYTES:]
+            if header[2]:
+                body = zlib.decompress(body)
+            values, _, _, deltas = msgpack.unpackb(body)
+            producer_id, first = header[6], header[7]
+            for index, value in enumerate(values):
+                seq = first + (index if deltas is None else deltas[index])
+                ask = self.asks[int(value)]
+                self._append(life, key, len(log), ask, producer_id, seq)
+                log.append(ask.number)
+                if producer_id:
+                    seqs.setdefault(producer_id, []).append(seq)
+                if ask.tx is not None:
+                    touched[ask.tx] = None
+        for producer_id, row in group.producers.items():
+            if row is not None:
+                self._row(life, row)
+            life.rows[producer_id] = row
+        for producer_id, numbers in seqs.items():
+            self._numbers(life, producer_id, numbers, group)
+        for tx in touched:
+            for ask in tx.asks:
+                if ask.number not in life.place:
+                    raise Violation(f"half a transaction is stored: {ask.number} of {tx.asks[0].number} is missing")
+            if tx.key is not None and tx.key not in group.offsets:
+                raise Violation(f"a transaction is stored and its position {tx.key} did not move")
+        for position, moved in group.offsets.items():
+            if moved is not None:
+                self._moved(life, position, moved, touched)
+
+    def _append(self, life: Life, key: LogKey, offset: int, ask: Ask, producer_id: int, seq: int) -> None:
+        number = ask.number
+        what = f"record {number} (producer {producer_id}, seq {seq})"
+        if isinstance(ask.answer, Violation):
+            raise ask.answer
+        producer = ask.producer
+        if isinstance(ask.answer, IdemqError) and not isinstance(ask.answer, OutcomeUnknown):
+            raise Violation(f"{what}: its sender was told {ask.answer!r}, and it is stored")
+        if ask.session.incarnation != life.incarnation:
+            raise Violation(f"{what} was meant for another store")
+        if life.names.get(key[0]) != ask.topic or (ask.partition is not None and ask.partition != key[1]):
+            raise Violation(f"{what} lies in {key}, it was sent to {ask.topic} {ask.partition}")
+        if producer_id:
+            if producer.id != producer_id or ask.seq != seq:
+                raise Violation(f"{what} was given as seq {ask.seq} of producer {producer.id}")
+            if (producer_id, seq) in life.numbers:
+                raise Violation(f"{what} is stored twice: {life.numbers[producer_id, seq]} was there")
+            life.numbers[producer_id, seq] = number
+            if life.order.get((producer_id, key), -1) >= seq:
+                raise Violation(f"{what} lies behind seq {life.order[producer_id, key]}")
+            life.order[producer_id, key] = seq
+        elif producer.dedup:
+            raise Violation(f"{what} was stored without its producer")
+        life.place[number] = (key, offset)
+
+    def _row(self, life: Life, row: ProducerRow) -> None:
+        old = life.rows.get(row.producer_id)
+        life.owners[row.producer_id] = row.name
+        if old is not None and (row.last_seq < old.last_seq or row.epoch < old.epoch):
+            raise Violation(
+                f"producer {row.name} went back: {old.last_seq}, {old.epoch} to {row.last_seq}, {row.epoch}"
+            )
+        if old is not None and old.session != row.session:
+            self._taken(f"producer {row.name}", old.session, row.session)
+        if row.token is not None and (old is None or row.token != old.token):
+            tx = self.tokens[row.token]
+            if tx.producer.id != row.producer_id or any(ask.number not in life.place for ask in tx.asks):
+                raise Violation(f"the token {row.token!r} is stored, and its transaction is not")
+            for end in row.takeovers:
+                if end.epoch == tx.producer.epoch and tx.asks and tx.asks[-1].seq > end.ended_at:
+                    raise Violation(f"the token {row.token!r} of a fenced epoch is stored")
+
+    def _taken(self, what: str, before: str, after: str) -> None:
+        """A name or lease changed hands: never to somebody who was dead before its holder came."""
+        died_at = self.died_at.get(after.split(".")[0])
+        if died_at is not None and died_at < self.asked_at[before]:
+            raise Violation(f"{what} was taken from {before} by {after}, who was dead before {before} came")
+
+    def _numbers(self, life: Life, producer_id: int, numbers: list[int], group: Group) -> None:
+        """The numbers of one producer in one group."""
+        numbers.sort()
+        row = group.producers.get(producer_id)
+        ends = {} if row is None else {takeover.epoch: takeover.ended_at for takeover in row.takeovers}
+        if row is not None and row.last_seq < numbers[-1]:
+            raise Violation(f"producer {row.name} is at {row.last_seq}, {numbers[-1]} is stored")
+        at = life.progress.get(producer_id, 0)
+        for seq in numbers:
+            ask = self.asks[life.numbers[producer_id, seq]]
+            epoch = ask.producer.epoch
+            if row is not None and epoch != row.epoch and (epoch > row.epoch or seq > ends.get(epoch, seq)):
+                raise Violation(
+                    f"record {ask.number}: epoch {epoch} was fenced at {ends.get(epoch)}, seq {seq} is stored"
+                )
+            if ask.source is not None:
+                if ask.source.positions[at] != seq:
+                    raise Violation(
+                        f"{ask.source.name}: position {seq} is stored, {ask.source.positions[at]} before it is not"
+                    )
+                at += 1
+        life.progress[producer_id] = at
+
+    def _moved(self, life: Life, key: OffsetKey, row: OffsetRow, touched: dict[Transaction, None]) -> None:
+        old = life.offsets.get(key)
+        life.offsets[key] = row
+        moves = {tx.start: tx for tx in touched if tx.key == key}
+        if old is not None and (row.next < old.next or row.lease < old.lease):
+            raise Violation(f"{key} went back: {old.next}, {old.lease} to {row.next}, {row.lease}")
+        if old is not None and old.session != row.session:
+            self._taken(str(key), old.session, row.session)
+        if key.group != "worker":
+            return
+        at = old.next if old is not None else min(moves, default=row.next)
+        while at < row.next:
+            tx = moves.pop(at, None)
+            if tx is None:
+                # One that carries no record leaves no other trace, so any that was asked for will do.
+                bare = [one for one in self.moves.get((key, at), ()) if one.end <= row.next and self._leased(one, row)]
+                if not bare:
+                    raise Violation(f"{key} moved over {at} to {row.next}, and nobody may have asked for it")
+                tx = next((one for one in bare if one.end in moves or one.end == row.next), bare[0])
+            elif not self._leased(tx, row):
+                raise Violation(f"{key} was moved to {tx.end} under the old lease {tx.lease}, it is {row.lease}")
+            at = tx.end
+        if moves or at != row.next:
+            raise Violation(f"{key} is at {row.next}, and what is stored moved it to {at} and {list(moves)}")
+
+    def _leased(self, tx: Transaction, row: OffsetRow) -> bool:
+        return tx.lease == row.lease or (tx.lease == row.ended_lease and tx.end <= row.ended_at)
+
+    # ---------------------------------------------------------------------------------------- what is answered
+
+    def answered(self, ask: Ask, value: Any) -> None:
+        """The waiter of one record got its outcome."""
+        if ask.answer is not None and not isinstance(ask.answer, OutcomeUnknown):
+            raise Violation(f"record {ask.number} was answered twice: {ask.answer!r}, {value!r}")
+        ask.answer = value
+        life = self.lives.get(ask.session.incarnation)
+        if isinstance(value, Receipt):
+            assert life is not None
+            self._receipt(life, ask, value)
+        elif value.code not in SURFACING:
+            raise Violation(f"record {ask.number} failed by {value!r}, which is no business of its sender")
+        elif not isinstance(value, OutcomeUnknown) and life is not None:
+            self._not_stored(life, ask, value)
+
+    def answered_whole(self, tx: Transaction, value: Any) -> None:
+        """The waiter of a transaction got its outcome."""
+        if tx.answer is not None and not isinstance(tx.answer, OutcomeUnknown):
+            raise Violation(f"a transaction was answered twice: {tx.answer!r}, {value!r}")
+        tx.answer = value
+        life = self.lives.get(tx.session.incarnation)
+        if isinstance(value, list):
+            assert life is not None
+            if len(value) != len(tx.asks):
+                raise Violation(f"a transaction of {len(tx.asks)} records got {len(value)} receipts")
+            for ask, receipt in zip(tx.asks, value, strict=True):
+                ask.answer = receipt
+                self._receipt(life, ask, receipt)
+            row = life.rows.get(tx.producer.id)
+            if not tx.asks and row is not None and row.last_seq < tx.producer.last_seq:
+                raise Violation("a transaction was answered before it was durable")
+            if tx.key is not None and life.offsets[tx.key].next < tx.end:
+                raise Violation(f"a transaction was answered, {tx.key} is not moved to {tx.end}")
+            if tx.token is not None and row is not None:
+                stored = None if row.token is None else self.tokens[row.token]
+                if stored is None or (stored.producer is tx.producer and stored.number < tx.number):
+                    raise Violation(f"the token {tx.token!r} was acknowledged, {row.token!r} is stored")
+            return
+        if value.code not in SURFACING:
+            raise Violation(f"a transaction failed by {value!r}, which is no business of its sender")
+        for ask in tx.asks:
+            ask.answer = value
+            if not isinstance(value, OutcomeUnknown) and life is not None:
+                self._not_stored(life, ask, value)
+
+    def moved_plainly(self, session: Session, offset: wire.Offset, value: Any) -> None:
+        """A commit of nothing but a position was answered."""
+        life = self.lives.get(session.incarnation)
+        if life is None:
+            return
+        row = life.offsets.get(OffsetKey(offset.group, offset.topic_id, offset.partition))
+        if type(value) is wire.Committed and (row is None or row.next < offset.end):
+            raise Violation(f"a position was acknowledged at {offset.end} and is {row}")
+        if isinstance(value, LeaseLost) and isinstance(value.details.get("next"), int):
+            ended_at = value.details["next"]
+            if row is None or row.next < ended_at:  # type: ignore[operator]
+                raise Violation(f"the lease ended at {ended_at}, and the position is {row}")
+
+    def _receipt(self, life: Life, ask: Ask, receipt: Receipt) -> None:
+        place = life.place.get(ask.number)
+        if place is None and receipt.duplicate and ask.source is not None:
+            again = life.numbers.get((ask.producer.id, ask.seq))
+            place = None if again is None else life.place[again]
+        if place is None:
+            raise Violation(f"record {ask.number} was acknowledged and is not durable: {receipt}")
+        (topic_id, partition), offset = place
+        if receipt.offset is not None:
+            log = life.logs.get((topic_id, receipt.partition), ())
+            if ask.producer.dedup:
+                right = receipt.offset == offset and receipt.partition == partition
+            else:
+                right = receipt.offset < len(log) and log[receipt.offset] == ask.number
+            if not right:
+                raise Violation(f"record {ask.number} lies at {place} and was acknowledged as {receipt}")
+        elif not receipt.duplicate:
+            raise Violation(f"record {ask.number} was acknowledged as new without its offset: {receipt}")
+        if ask.producer.dedup and receipt.seq != ask.seq:
+            raise Violation(f"record {ask.number} has seq {ask.seq}, its receipt {receipt.seq}")
+
+    def _not_stored(self, life: Life, ask: Ask, error: IdemqError) -> None:
+        if ask.number in life.place:
+            raise Violation(f"record {ask.number} is stored, and its sender was told {error!r}")
+
+    def given_out(self, life: Life, what: Any, number: int, session: str) -> None:
+        """An epoch or a lease was given to a session: to no other one, ever; and it is durable."""
+        holder = life.holders.setdefault((what, number), session)
+        if holder != session:
+            raise Violation(f"{what}: {number} was given to {holder} and to {session}")
+        if number > life.counter:
+            raise Violation(f"{what}: {number} was given out before it was durable")
+
+    def remembered(self, life: Life, request: wire.Commit) -> None:
+        """A duplicate was answered without its positions: it must be too old for them."""
+        row = life.rows.get(request.producer_id)
+        if row is not None and row.last_seq - request.last_seq < self.remember:
+            raise Violation(f"commit {request.last_seq} of {row.name} is remembered, its result was not told")
+
+    def read(self, life: Life, key: LogKey, asked: int, batches: list[tuple[int, bytes]]) -> int:
+        """A reader got these batches; returns where it goes on."""
+        log = life.logs.get(key, [])
+        at = asked
+        for offset, batch in batches:
+            _, _, codec, count, topic_id, partition = wire.BATCH_HEADER.unpack_from(batch)[:6]
+            if (topic_id, partition) != key or offset > at or offset + count <= at:
+                raise Violation(f"a reader of {key} at {at} got a batch at {offset} of {(topic_id, partition)}")
+            body: Any = memoryview(batch)[HEADER_BYTES:]
+            values = msgpack.unpackb(zlib.decompress(body) if codec else body)[0]
+            if [int(value) for value in values] != log[offset : offset + count]:
+                raise Violation(f"a reader of {key} got at {offset} what is not stored there")
+            at = offset + count
+        return at
+
+    def truncated(self, life: Life, key: LogKey, earliest: int) -> None:
+        """A reader was told that everything below this is gone."""
+        if earliest > life.floors.get(key, 0):
+            raise Violation(f"a reader of {key} was told that below {earliest} all is gone, it is not")
+
+    # ------------------------------------------------------------------------------------------ another store
+
+    def restore(self, copy: Life, incarnation: bytes) -> None:
+        """An older copy of the store was put in place, under a new incarnation."""
+        copy.incarnation = incarnation
+        self.life = self.lives[incarnation] = copy
+
+    # ------------------------------------------------------------------------------------------ at the end
+
+    def compare(self, store: Any) -> None:
+        """The store holds what became durable, and nothing else."""
+        life = self.life
+        for key, log in life.logs.items():
+            if key[0] not in {topic.topic_id for topic in store.topics()}:
+                continue
+            at = None
+            for offset, _, batch in store.read(*key, 0, 1 << 40, len(log)):
+                if at is not None and offset != at:
+                    raise Violation(f"{key}: nothing is stored between {at} and {offset}")
+                at = self.read(life, key, offset, [(offset, batch)])
+            if at is not None and at != len(log):
+                raise Violation(f"{key}: the store ends at {at}, the log at {len(log)}")
+            if at is None and len(log) != life.floors.get(key, 0):
+                raise Violation(f"{key}: the store is empty, the log ends at {len(log)}")
+        for producer_id, row in life.rows.items():
+            if store.producer(producer_id) != row:
+                raise Violation(f"the store has not the row of producer {producer_id}")
+        for position, moved in life.offsets.items():
+            if position.topic_id in life.names and store.offset(position) not in (moved, None):
+                raise Violation(f"the store has not the position {position}")

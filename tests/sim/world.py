@@ -1,0 +1,788 @@
+"""The world: clients, network, broker, disk and faults, on one clock and one seeded generator.
+
+The production `Session` and `Core` run here unchanged; messages travel as objects, batches as their real bytes.
+Everything that happens is an entry of one heap, so that a seed is a whole run. Two phases: with faults, in
+which nothing wrong may happen, then healed, in which everything must end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from heapq import heappop, heappush
+from math import inf
+from typing import Any
+
+from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply, Space, found
+from idemq.broker.store import MemoryStore, StoreBroken
+from idemq.client import wire
+from idemq.client.session import Session, SessionConfig
+
+from .apps import App, Loader, admin, apps_of, probe
+from .oracle import Life, Oracle, Source, Violation
+
+OPERATIONS = 300
+FAULTS = 10
+HEALED_S_MAX = 120.0
+"""Once healed, everything must have ended after so long."""
+TOPICS = ("t0", "t1", "t2")
+
+
+class Link:
+    """One connection: two directions, each in order, each with what a fault does to it."""
+
+    __slots__ = (
+        "asked",
+        "core",
+        "down_at",
+        "down_count",
+        "down_from",
+        "down_kept",
+        "peer",
+        "process",
+        "up_at",
+        "up_count",
+        "up_done",
+        "up_from",
+        "up_kept",
+    )
+
+    def __init__(self, process: Any, core: Core, peer: Connection) -> None:
+        self.process = process
+        self.core = core
+        self.peer = peer
+        self.asked: dict[int, Any] = {}
+        self.up_at = self.down_at = 0.0
+        """When the last message arrives."""
+        self.up_from = self.down_from = 0.0
+        """Nothing arrives before."""
+        self.up_count = self.down_count = self.up_done = 0
+        self.up_kept = self.down_kept = 1 << 60
+        """Messages from this one on are lost."""
+
+
+class Process:
+    """A client process: one session and the applications on it."""
+
+    __slots__ = ("apps", "life", "link", "number", "session", "timer_at", "world")
+
+    def __init__(self, world: World, number: int, session: Session) -> None:
+        self.world = world
+        self.number = number
+        self.session = session
+        self.link: Link | None = None
+        self.timer_at = inf
+        self.apps: list[App] = []
+
+
+class World:
+    """See the file's head. `run()` plays one seed and raises Violation."""
+
+    session_class: type[Session] = Session
+    core_class: type[Core] = Core
+
+    def __init__(self, seed: int, trace: list[str] | None = None) -> None:
+        self.seed = seed
+        self.trace = trace
+        self.rng = rng = random.Random(seed)
+        self.random = rng.random
+        self.now = 0.0
+        self.wall_s = 1_700_000_000.0
+        self.events: list[tuple[float, int, Callable[[Any, Any], None], Any, Any]] = []
+        self.event_number = 0
+        self.healed = False
+        self.operations = 0
+        self.faults = 0
+        self.commits = 0
+        self.kinds: dict[str, int] = {}
+        """Faults by kind."""
+        # What this seed is like.
+        self.latency_s = rng.choice((0.001, 0.005, 0.03))
+        self.disk_s = rng.choice((0.001, 0.01, 0.06))
+        self.fault_every_s = rng.choice((0.08, 0.15, 0.3))
+        self.anonymous_idle_ms = rng.choice((5_000, 3600_000))
+        self.group_bytes_max = rng.choice((1 << 20, 1 << 20, 25_000))
+        self.fetches_max = rng.choice((1, 8))
+        self.quota = rng.random() < 0.1
+        self.may_restore = rng.random() < 0.15
+        self.batch_bytes = rng.choice((30, 60, 200))
+        self.in_flight = rng.choice((1, 3, 8, 16))
+        self.linger_s = rng.choice((0.0, 0.0, 0.02))
+        self.timeout_s = rng.choice((1.0, 5.0, 30.0))
+
+        self.incarnations = 1
+        self.store = MemoryStore(b"store-%d" % self.incarnations)
+        self.remember = rng.choice((2, 8, wire.REMEMBERED))
+        self.oracle = Oracle(self.store.incarnation(), self.remember)
+        self.copy: tuple[MemoryStore, Life] | None = None
+        self.full = False
+        self.core = self._new_core()
+        self.up = True
+        self.group: Group | None = None
+        self.group_fails = False
+        self.beginning = False
+        self.links: dict[Connection, Link] = {}
+        self.ambush = ""
+        """What a fault waits for."""
+        self.sources: dict[str, Source] = {}
+        self.processes: list[Process] = []
+        self.session_number = 0
+        self.prober: Link | None = None
+        self._ticks(None, None)
+        # The topics are there before anybody comes.
+        peer = self.core.connect("setup")
+        assert isinstance(peer, Connection)
+        self.core.step(self.clock(), peer, 1, wire.Hello(wire.VERSION, "setup"), b"")
+        for name in TOPICS:
+            self.core.step(self.clock(), peer, 1, wire.CreateTopic(name, rng.choice((1, 2)), wire.Settings()), b"")
+        group = self.core.begin()
+        assert group is not None
+        self._durable(group)
+        self.core.disconnect(peer)
+        for number in range(rng.choice((3, 4, 5))):
+            self._start(number)
+        self.after(rng.random() * self.fault_every_s, self._fault, None, None)
+        self.after(0.3, self._administer, None, None)
+
+    # --------------------------------------------------------------------------------------------------- time
+
+    def after(self, seconds: float, what: Callable[[Any, Any], None], one: Any, two: Any) -> None:
+        """Do this then."""
+        self.event_number += 1
+        heappush(self.events, (self.now + seconds, self.event_number, what, one, two))
+
+    def at(self, when: float, what: Callable[[Any, Any], None], one: Any, two: Any) -> None:
+        """Do this at that time."""
+        self.event_number += 1
+        heappush(self.events, (when, self.event_number, what, one, two))
+
+    def clock(self) -> Now:
+        """The broker's clocks."""
+        return Now(int(self.now * 1000) + 1, int((self.wall_s + self.now) * 1000))
+
+    def note(self, text: str) -> None:
+        """A line of the trace."""
+        if self.trace is not None:
+            self.trace.append(f"{self.now:9.4f} {text}")
+
+    def run(self) -> None:
+        """Play the seed."""
+        events = self.events
+        while self.operations < OPERATIONS or self.faults < FAULTS:
+            self.now, _, what, one, two = heappop(events)
+            what(one, two)
+        self._heal()
+        deadline = self.now + HEALED_S_MAX
+        self.at(self.now + 0.5, self._look_whether_done, None, None)
+        while self.now < deadline and not self.finished:
+            self.now, _, what, one, two = heappop(events)
+            what(one, two)
+        if not self.finished:
+            raise Violation("not everything ended: " + "; ".join(self._unfinished()))
+        self.oracle.compare(self.store)
+        self._look_at_core()
+
+    # ------------------------------------------------------------------------------------------------ clients
+
+    def _start(self, number: int) -> None:
+        """A client process starts, in the place of an earlier one of this number if there was one."""
+        self.session_number += 1
+        config = SessionConfig(
+            session=f"s{self.session_number}",
+            client=f"client {number}",
+            answer_s_max=2.0,
+            idle_s=3.0,
+            retry_s_min=0.02,
+            retry_s_max=0.5,
+            topic_age_s_max=4.0,
+        )
+        session = self.session_class(config, random.Random(self.rng.getrandbits(32)))
+        process = Process(self, number, session)
+        if number < len(self.processes):
+            self.processes[number] = process
+        else:
+            self.processes.append(process)
+        self.note(f"client {number} starts as {config.session}")
+        for app in apps_of(self, process):
+            process.apps.append(app)
+            self.after(self.random() * 0.1, self.act, process, app)
+
+    def alive(self, process: Process) -> bool:
+        """Is it the one that runs under its number?"""
+        return self.processes[process.number] is process
+
+    def act(self, process: Process, app: App) -> None:
+        """An application's turn."""
+        if not self.alive(process) or app.over:
+            return
+        app.act(self.healed)
+        self.pump(process)
+        self.after((0.1 if self.healed else 0.05) + self.random() * 0.25, self.act, process, app)
+
+    def pump(self, process: Process) -> None:
+        """Do what the session says: the shell of a client."""
+        session = process.session
+        while True:
+            cut, dial, frames, completions = session.take(self.now)
+            if not (cut or dial or frames or completions):
+                break
+            link = process.link
+            if frames and link is not None and not cut:
+                self._send_up(link, frames)
+            if cut:
+                process.link = None
+                if link is not None:
+                    self.note(f"client {process.number} cuts")
+                    self._abandon(link)
+                session.disconnected(self.now, "given up")
+            if dial:
+                self.after(self.latency_s * (1 + self.random()), self._dialled, process, None)
+            for waiter, value in completions:
+                waiter.settled(value)
+        if session.wake_at < process.timer_at:
+            process.timer_at = session.wake_at
+            self.at(max(session.wake_at, self.now), self._timer, process, session.wake_at)
+
+    def _timer(self, process: Process, at: float) -> None:
+        if process.timer_at == at and self.alive(process):
+            process.timer_at = inf
+            process.session.tick(self.now)
+            self.pump(process)
+
+    def _dialled(self, process: Process, _: None) -> None:
+        session = process.session
+        if not self.alive(process) or session.state != "dialling":
+            return
+        peer = self.core.connect(f"address {process.number}") if self.up else None
+        if not isinstance(peer, Connection):
+            session.disconnected(self.now, "nobody answers")
+        else:
+            process.link = Link(process, self.core, peer)
+            self.links[peer] = process.link
+            session.connected(self.now)
+        self.pump(process)
+
+    def _abandon(self, link: Link) -> None:
+        """A client closed its end. What it wrote may still arrive, some of it, late."""
+        chance = self.random()
+        if chance < 0.3:
+            link.up_kept = min(link.up_kept, self.rng.randint(link.up_done, link.up_count))
+        if chance > 0.5 and not self.healed:
+            link.up_from = max(link.up_from, self.now + self.random() ** 2 * 1.5)
+        self.at(max(link.up_from, link.up_at) + self.random() * 0.1, self._peer_lost, link, None)
+
+    # ------------------------------------------------------------------------------------------------ network
+
+    def _send_up(self, link: Link, frames: list[Any]) -> None:
+        at = self.now + self.latency_s * (0.5 + self.random())
+        if at < link.up_at:
+            at = link.up_at
+        link.up_at = at
+        self.event_number += 1
+        heappush(self.events, (at, self.event_number, self._arrived_up, link, (link.up_count, frames)))
+        link.up_count += len(frames)
+        if self.ambush:
+            self._spring(link, frames)
+
+    def _arrived_up(self, link: Link, item: tuple[int, list[Any]]) -> None:
+        number, frames = item
+        core, peer = self.core, link.peer
+        if number >= link.up_kept or link.core is not core or peer.closed:
+            return
+        if link.up_from > self.now:
+            self.at(link.up_from, self._arrived_up, link, item)
+            return
+        clock = self.clock()
+        outputs: list[Any] = []
+        for correlation, request, payload in frames[: link.up_kept - number]:
+            kind = type(request)
+            if kind is wire.Commit or kind is wire.Open or kind is wire.Grant:
+                link.asked[correlation] = request
+            if self.trace is not None:
+                self.note(f"{peer.client or peer.address} -> {correlation} {request}")
+            output = core.step(clock, peer, correlation, request, b"".join(payload))
+            if output is not None:
+                outputs.append(output)
+                if type(output) is Reply and output.close:
+                    break
+            elif kind is wire.Fetch:
+                self.after(request.wait_ms / 1000 + 0.002, self._tick_soon, None, None)
+        link.up_done = number + len(frames)
+        if outputs:
+            self._output(outputs)
+        if not self.beginning and self.group is None:
+            self.beginning = True
+            self.after(self.random() * 0.002, self._begin, None, None)
+
+    def _output(self, outputs: list[Any]) -> None:
+        """These leave the broker: those of one connection together."""
+        sent: dict[Connection, list[Any]] = {}
+        for output in outputs:
+            if not output.connection.closed:
+                sent.setdefault(output.connection, []).append(output)
+        for connection, replies in sent.items():
+            link = self.links.get(connection)
+            if link is None:
+                continue
+            messages: list[Any] = []
+            close = False
+            for output in replies:
+                if type(output) is Reply:
+                    messages.append((output.correlation, output.message, b""))
+                    if output.correlation in link.asked:
+                        self._judge(link.asked.pop(output.correlation), output.message)
+                    if output.close:
+                        close = True
+                        break
+                else:
+                    messages.append((output.correlation, *self._read(output)))
+            if link.process is not None:
+                at = self.now + self.latency_s * (0.5 + self.random())
+                if at < link.down_at:
+                    at = link.down_at
+                link.down_at = at
+                self.at(at, self._arrived_down, link, (link.down_count, messages))
+                link.down_count += len(messages)
+            if close:
+                self._close(link)
+
+    def _judge(self, request: Any, message: Any) -> None:
+        kind = type(message)
+        if kind is wire.Opened:
+            self.oracle.given_out(self.oracle.life, message.producer_id, message.epoch, request.session)
+        elif kind is wire.Granted:
+            key = (request.group, request.topic_id, request.partition)
+            self.oracle.given_out(self.oracle.life, key, message.lease, request.session)
+        elif kind is wire.Committed and message.positions is None:
+            self.oracle.remembered(self.oracle.life, request)
+
+    def _read(self, read: Read) -> tuple[wire.Fetched, bytes]:
+        """What the server does with a Read."""
+        parts = list(read.parts)
+        payload: list[bytes] = []
+        for one in read.ranges:
+            batches = self.store.read(one.topic_id, one.partition, one.offset, read.bytes_max, one.next)
+            parts.append(found(one, batches))
+            payload += [batch for _, _, batch in batches] if not parts[-1].code else []
+        return wire.Fetched(parts), b"".join(payload)
+
+    def _arrived_down(self, link: Link, item: tuple[int, list[Any]]) -> None:
+        number, messages = item
+        process = link.process
+        if number >= link.down_kept or process.link is not link or not self.alive(process):
+            return
+        if link.down_from > self.now:
+            self.at(link.down_from, self._arrived_down, link, item)
+            return
+        session = process.session
+        for correlation, message, payload in messages[: link.down_kept - number]:
+            if self.trace is not None:
+                self.note(f"client {process.number} <- {correlation} {message}")
+            session.received(self.now, correlation, message, payload)
+        self.pump(process)
+
+    def _lost(self, link: Link, _: None) -> None:
+        """A client learns that its connection is gone."""
+        process = link.process
+        if process is not None and process.link is link and self.alive(process):
+            process.link = None
+            self.note(f"client {process.number} lost its connection")
+            process.session.disconnected(self.now, "connection lost")
+            self.pump(process)
+
+    def _peer_lost(self, link: Link, _: None) -> None:
+        """The broker learns that a connection is gone."""
+        if link.up_from > self.now:
+            self.at(link.up_from + 0.001, self._peer_lost, link, None)
+        elif link.peer in self.links:
+            self._close(link)
+
+    def _close(self, link: Link) -> None:
+        """The broker's end closes; the client hears of it behind what was sent."""
+        del self.links[link.peer]
+        self.core.disconnect(link.peer)
+        if link.process is not None:
+            self.at(max(link.down_at, link.down_from, self.now) + 0.001, self._lost, link, None)
+        else:
+            self.prober = None
+
+    def _close_all(self) -> None:
+        for link in self.links.values():
+            link.peer.closed = True
+            if link.process is not None:
+                if self.random() < 0.5:
+                    link.down_kept = self.rng.randint(0, link.down_count)
+                self.at(max(link.down_at, link.down_from, self.now) + self.random() * 0.1, self._lost, link, None)
+        self.links.clear()
+        self.prober = None
+
+    # ------------------------------------------------------------------------------------------------- broker
+
+    def _limits(self) -> Limits:
+        healed = self.healed
+        return Limits(
+            store_bytes_headroom=1 << 20,
+            anonymous_idle_ms=3600_000 if healed else self.anonymous_idle_ms,
+            group_bytes_max=1 << 20 if healed else self.group_bytes_max,
+            fetches_max=self.fetches_max,
+            topics_max=5 if self.quota and not healed else 100,
+            producers_max=12 if self.quota and not healed else 10_000,
+            rows_cached_max=3,
+            clock_pause_ms=2_000,
+            remembered=self.remember,
+        )
+
+    def _new_core(self) -> Core:
+        self.store.disk_bytes = 0 if self.full else 1 << 40
+        return self.core_class(self.store, self._limits())
+
+    def _tick_soon(self, _one: None, _two: None) -> None:
+        if self.up:
+            outputs = self.core.tick(self.clock())[1]
+            if outputs:
+                self._output(outputs)
+
+    def _ticks(self, _one: None, _two: None) -> None:
+        self._tick_soon(None, None)
+        if not self.beginning:
+            self.beginning = True
+            self.after(0.0, self._begin, None, None)
+        self.after(0.5, self._ticks, None, None)
+
+    def _begin(self, _one: None, _two: None) -> None:
+        self.beginning = False
+        if not self.up or self.group is not None:
+            return
+        core = self.core
+        while True:
+            group = core.begin()
+            if group is None:
+                return
+            if group.writes:
+                break
+            self._output(core.committed(None))
+        self.group = group
+        self.after(self.disk_s * (0.5 + self.random()), self._written, core, group)
+
+    def _written(self, core: Core, group: Group) -> None:
+        if core is not self.core or self.group is not group:
+            return
+        if self.group_fails:
+            self.group_fails = False
+            self.note("the group failed: nothing of it is stored")
+            self._group_failed()
+            return
+        space = self._store(group)
+        self.group = None
+        self._output(core.committed(space))
+        if not self.beginning:
+            self.beginning = True
+            self.after(self.random() * 0.001, self._begin, None, None)
+
+    def _group_failed(self) -> None:
+        """Rule 13."""
+        self.group = None
+        self._close_all()
+        self.core = self._new_core()
+
+    def _durable(self, group: Group) -> None:
+        self.core.committed(self._store(group))
+
+    def _store(self, group: Group) -> Space:
+        try:
+            space = self.store.commit(group)
+        except StoreBroken as error:
+            raise Violation(f"the store is broken: {error}") from error
+        if self.trace is not None:
+            self.note(
+                f"durable: {[(s.topic_id, s.partition, s.offset) for s in group.appends]} {list(group.producers)}"
+            )
+        self.commits += 1
+        self.oracle.durable(group)
+        return space
+
+    def _look_at_core(self) -> None:
+        core = self.core
+        if not self.up:
+            return
+        for key, partition in core._partitions.items():
+            if not partition.earliest <= partition.durable_next <= partition.next:
+                raise Violation(
+                    f"{key}: {partition.earliest} <= {partition.durable_next} <= {partition.next} is not so"
+                )
+            if self.group is None and not core._building.writes and partition.durable_next != partition.next:
+                raise Violation(f"{key}: nothing waits for the disk, and {partition.durable_next} < {partition.next}")
+
+    # ------------------------------------------------------------------------------------------------- faults
+
+    def _fault(self, _one: None, _two: None) -> None:
+        if self.healed:
+            return
+        self._look_at_core()
+        kind = self.rng.choice(FAULT_KINDS)
+        if getattr(self, "_fault_" + kind)():
+            self.faults += 1
+            self.kinds[kind] = self.kinds.get(kind, 0) + 1
+            self.note(f"fault: {kind}")
+        self.after(self.fault_every_s * (0.5 + self.random()), self._fault, None, None)
+
+    def _some_link(self) -> Link | None:
+        links = [link for link in self.links.values() if link.process is not None]
+        return self.rng.choice(links) if links else None
+
+    def _fault_cut(self) -> bool:
+        """A connection is cut: some of what is on its way is lost, what is not may come late."""
+        link = self._some_link()
+        if link is None:
+            return False
+        rng = self.rng
+        link.down_kept = min(link.down_kept, link.down_count - rng.choice((0, 1, 2, 3)))
+        link.up_kept = min(link.up_kept, rng.randint(link.up_done, link.up_count))
+        if rng.random() < 0.6:
+            link.up_from = max(link.up_from, self.now + rng.random() ** 2 * 1.5)
+        self.after(rng.random() ** 3, self._lost, link, None)
+        self.at(max(link.up_at, link.up_from, self.now) + rng.random(), self._peer_lost, link, None)
+        return True
+
+    def _fault_replies(self) -> bool:
+        """What the broker answers from here on is lost, until the client cuts."""
+        link = self._some_link()
+        if link is not None:
+            link.down_kept = min(link.down_kept, link.down_count)
+        return link is not None
+
+    def _fault_stall(self) -> bool:
+        """A connection delivers nothing for a while: the client gives it up, its bytes arrive later."""
+        link = self._some_link()
+        if link is not None:
+            link.up_from = max(link.up_from, self.now + self.random() ** 2 * 5)
+            if self.random() < 0.5:
+                link.down_from = max(link.down_from, link.up_from)
+        return link is not None
+
+    def _fault_crash(self) -> bool:
+        """The broker dies, before or after the disk write, and comes back."""
+        if not self.up:
+            return False
+        if self.group is not None and self.random() < 0.5:
+            self._store(self.group)
+        self._down()
+        self.after(self.random() ** 2, self._restart, None, None)
+        return True
+
+    def _down(self) -> None:
+        self.up = False
+        self.group = None
+        self.group_fails = False
+        self._close_all()
+
+    def _restart(self, _one: None, _two: None) -> None:
+        if not self.up:
+            self.up = True
+            self.core = self._new_core()
+            self.note("the broker is back")
+
+    def _fault_group(self) -> bool:
+        """The group commit in flight, or the next one, fails."""
+        self.group_fails = self.up
+        return self.up
+
+    def _fault_full(self) -> bool:
+        """The disk fills up, and somebody makes room later."""
+        if self.full:
+            return False
+        self._fill(True)
+        self.after(self.random() * 2, self._make_room, None, None)
+        return True
+
+    def _make_room(self, _one: None, _two: None) -> None:
+        self._fill(False)
+
+    def _fill(self, full: bool) -> None:
+        self.full = full
+        self.store.disk_bytes = 0 if full else 1 << 40
+        self.note("the disk is full" if full else "the disk has room")
+
+    def _fault_kill(self) -> bool:
+        """A client dies and is started again."""
+        process = self.rng.choice(self.processes)
+        link = process.link
+        if link is not None:
+            self._abandon(link)
+        self._kill(process, None)
+        return True
+
+    def _fault_ambush(self) -> bool:
+        """Wait for a certain request, then have it arrive late, when its sender is gone or went on elsewhere."""
+        self.ambush = self.rng.choice(("Open", "Grant", "Commit", "Commit"))
+        return True
+
+    def _spring(self, link: Link, frames: list[Any]) -> None:
+        process = link.process
+        requests = [request for _, request, _ in frames if type(request).__name__ == self.ambush]
+        if self.ambush == "Commit":
+            # A line of given numbers: when its head is refused for ever, those behind it are not stored either.
+            given = [app.producer.id for app in process.apps if type(app) is Loader and not app.over]
+            requests = [request for request in requests if request.producer_id in given and request.appends]
+        if len(requests) < (2 if self.ambush == "Commit" else 1) or self.healed:
+            return
+        self.note(f"ambush on {self.ambush}")
+        link.up_from = max(link.up_from, self.now + 0.05 + self.random() * 0.6)
+        self.at(max(link.up_from, link.up_at) + 0.01, self._peer_lost, link, None)
+        if self.ambush == "Commit":
+            self.after(0.001, self._lost, link, None)
+            self.after(0.0, self._probe_later, wire.DeleteTopic(requests[0].appends[0].topic_id), None)
+        else:
+            self.after(0.0, self._kill, process, None)
+        self.ambush = ""
+
+    def _probe_later(self, request: Any, _: None) -> None:
+        if self.up:
+            self.probe(request)
+
+    def _kill(self, process: Process, _: None) -> None:
+        if self.alive(process):
+            process.link = None
+            self.oracle.died_at[process.session.config.session] = self.now
+            self._start(process.number)
+
+    def _fault_pause(self) -> bool:
+        """Somebody else starts under a name while its holder only looks dead: two instances."""
+        apps = [app for process in self.processes for app in process.apps if app.named and not app.over]
+        if not apps:
+            return False
+        app = self.rng.choice(apps)
+        process = self.rng.choice(self.processes)
+        twin = app.twin(process)
+        process.apps.append(twin)
+        self.after(0.0, self.act, process, twin)
+        return True
+
+    def _fault_sleep(self) -> bool:
+        """Everybody sleeps for longer than an anonymous producer lives."""
+        self.wall_s += 6.0
+        return True
+
+    def _fault_clock(self) -> bool:
+        """The wall clock jumps, forward or back."""
+        self.wall_s += self.rng.choice((-1, 1)) * 100_000
+        return True
+
+    def _fault_restore(self) -> bool:
+        """The store is copied, and later the copy put in its place."""
+        if not self.may_restore or not self.up:
+            return False
+        if self.copy is None:
+            self.copy = (self.store.copy(), self.oracle.life.copy())
+            return False
+        store, life = self.copy
+        self.copy = None
+        self.may_restore = False
+        self._down()
+        self.incarnations += 1
+        self.store = store
+        store._incarnation = b"store-%d" % self.incarnations
+        self.oracle.restore(life, store._incarnation)
+        self._restart(None, None)
+        return True
+
+    # ------------------------------------------------------------------------------------------ administration
+
+    def _administer(self, _one: None, _two: None) -> None:
+        """Topics come, change and go; producers are deleted; wrong requests are made."""
+        if self.healed:
+            return
+        process = self.rng.choice(self.processes)
+        admin(self, process)
+        self.pump(process)
+        if self.up:
+            probe(self)
+        self.after(self.random() * 0.4, self._administer, None, None)
+
+    def probe_link(self) -> Link | None:
+        """A connection without a client, for requests that no session makes."""
+        if self.prober is None and self.up:
+            peer = self.core.connect("prober")
+            if not isinstance(peer, Connection):
+                return None
+            self.prober = Link(None, self.core, peer)
+            self.links[peer] = self.prober
+            self.core.step(self.clock(), peer, 1, wire.Hello(wire.VERSION, "prober"), b"")
+        return self.prober
+
+    def probe(self, request: Any, payload: bytes = b"") -> None:
+        """Ask that now."""
+        link = self.probe_link()
+        if link is not None:
+            link.up_count += 1
+            self._arrived_up(link, (link.up_done, [(link.up_count + 1, request, (payload,))]))
+
+    # ---------------------------------------------------------------------------------------------- the end
+
+    finished = False
+
+    def _heal(self) -> None:
+        """No more faults; whoever is gone comes back."""
+        self.note("healed")
+        self.healed = True
+        self._fill(False)
+        if self.up:
+            self._down()
+        self._restart(None, None)
+        for number, process in enumerate(self.processes):
+            if process.session.error is not None:
+                self._start(number)
+        for process in self.processes:
+            process.apps = [app for app in process.apps if not app.over]
+        admin(self, self.processes[0])
+        self.pump(self.processes[0])
+
+    def _unfinished(self) -> list[str]:
+        unfinished = [
+            f"{app} waits for {app.outstanding}"
+            for process in self.processes
+            for app in process.apps
+            if not app.over and not app.done
+        ]
+        life = self.oracle.life
+        reached: dict[str, int] = {}
+        for producer_id, name in life.owners.items():
+            reached[name] = max(reached.get(name, 0), life.progress.get(producer_id, 0))
+        for source in self.sources.values():
+            stored = reached.get(source.name, 0)
+            if stored < len(source.positions):
+                unfinished.append(f"{source.name} is stored up to {stored} of {len(source.positions)}")
+        return unfinished
+
+    def _look_whether_done(self, _one: None, _two: None) -> None:
+        # A name whose last instance was fenced or ended gets a new one, as a supervisor would start it.
+        held = [app.name for process in self.processes for app in process.apps if not app.over]
+        for name, source in self.sources.items():
+            if name not in held:
+                process = self.processes[0]
+                app = App.reading(self, process, source)
+                process.apps.append(app)
+                self.act(process, app)
+        admin(self, self.processes[0])
+        self.pump(self.processes[0])
+        for process in list(self.processes):
+            if process.session.error is not None:
+                self._start(process.number)
+        self.finished = not self._unfinished()
+        self.after(0.3, self._look_whether_done, None, None)
+
+
+FAULT_KINDS = (
+    *("cut",) * 6,
+    *("replies",) * 3,
+    *("stall",) * 3,
+    *("crash",) * 3,
+    *("group",) * 2,
+    "full",
+    *("kill",) * 2,
+    *("ambush",) * 4,
+    *("pause",) * 2,
+    "sleep",
+    "clock",
+    *("restore",) * 2,
+)
