@@ -18,7 +18,7 @@ import pytest
 from idemq.broker import check, schema, store
 from idemq.broker.core import Group, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
-from idemq.broker.pages import Broken, Pages
+from idemq.broker.pages import _TREE, Broken, Pages, Tree
 from idemq.broker.producers import ProducerRow, Result, Takeover
 from idemq.broker.schema import Table
 from idemq.broker.store import Reason, Store, StoreError
@@ -280,6 +280,33 @@ def test_what_lmdb_counted_must_be_there(tmp_path: Path, field: str) -> None:
         pages.meta = pages.meta._replace(main=main._replace(**{field: getattr(main, field) + 1}))
         with pytest.raises(Broken, match="its root says otherwise"):
             pages.walk()
+
+
+def test_a_signpost_that_points_astray_is_found(tmp_path: Path) -> None:
+    """A damaged key in the inside of a B-tree: every row is there, and looking for it does not find it."""
+    rows = Rows()
+    numbers = range(30, 90)
+    new = rows.producer(30, "", -1)._replace(epoch=COUNTER, takeovers=())
+    rows.producers |= {number: new._replace(producer_id=number, name=f"p{number}") for number in numbers}
+    rows.names |= {f"p{number}": number for number in numbers}
+    rows.write(tmp_path / "data")
+    opened = Store(tmp_path / "data")
+    for _ in range(100):
+        opened.commit(Group(counter=COUNTER))  # rows move from their delta into the B-tree
+    opened.close()
+    file = tmp_path / "data" / store.STORE_FOLDER / "data.mdb"
+    with Pages(str(file)) as pages:
+        tables = {key: Tree(*_TREE.unpack(value)) for key, value, _ in pages._leaves(pages.meta.main, set())}
+        tree, page_bytes = tables[Table.PRODUCERS.encode()], pages.meta.page_bytes
+    assert tree.depth == 2
+    with file.open("r+b") as opened_file:
+        opened_file.seek(tree.root * page_bytes)
+        page = opened_file.read(page_bytes)
+        second = int.from_bytes(page[18:20], sys.byteorder)  # where the second child's key lies, behind 8 bytes
+        opened_file.seek(tree.root * page_bytes + second + 8)
+        opened_file.write(b"\xff" * 8)
+    findings = check.walk(tmp_path / "data").findings
+    assert any("a look-up misses it" in found.text for found in findings), findings
 
 
 # ----------------------------------------------------------------------------------------------- in its own process

@@ -617,9 +617,11 @@ def test_a_hole_in_the_log_is_damage(directory: Path) -> None:
 
 
 def test_a_second_broker_is_refused_and_told_by_whom(directory: Path) -> None:
+    directory.mkdir()
+    (directory / store.LOCK_FILE).write_text("123456789012\n")  # of a broker that ran before
     opened = Store(directory)
     text = refused(directory, Reason.STORE_LOCKED)
-    assert f"process {os.getpid()}" in text
+    assert f"process {os.getpid()}:" in text
     program = (
         "import sys; from idemq.broker.store import *\n"
         "try: Store(sys.argv[1])\nexcept StoreError as error: print(error.code, error.text)"
