@@ -244,7 +244,6 @@ class Core:
         self._offsets: dict[OffsetKey, OffsetRow | None] = {}
         self._topics: dict[int, TopicRow] = {}
         self._topic_ids: dict[str, int] = {}
-        self._deleted_topics: set[int] = set()
         self._partitions: dict[tuple[int, int], Partition] = {}
         for row in rows.topics():
             self._put_topic(row)
@@ -414,9 +413,7 @@ class Core:
 
     def _put_topic(self, row: TopicRow) -> None:
         self._topics[row.topic_id] = row
-        if row.deleted:
-            self._deleted_topics.add(row.topic_id)
-        else:
+        if not row.deleted:
             self._topic_ids[row.name] = row.topic_id
 
     def _write_topic(self, row: TopicRow) -> None:
@@ -873,7 +870,6 @@ class Core:
             return
         self._building.topics[row.topic_id] = None
         del self._topics[row.topic_id]
-        self._deleted_topics.discard(row.topic_id)
         for index in range(len(row.floors)):
             self._partitions.pop((row.topic_id, index), None)
 
