@@ -285,14 +285,15 @@ def test_what_lmdb_counted_must_be_there(tmp_path: Path, field: str) -> None:
 def test_a_signpost_that_points_astray_is_found(tmp_path: Path) -> None:
     """A damaged key in the inside of a B-tree: every row is there, and looking for it does not find it."""
     rows = Rows()
-    numbers = range(30, 90)
-    new = rows.producer(30, "", -1)._replace(epoch=COUNTER, takeovers=())
+    numbers = range(30, 300)
+    rows.counter = 300
+    new = rows.producer(30, "", -1)._replace(epoch=300, takeovers=())
     rows.producers |= {number: new._replace(producer_id=number, name=f"p{number}") for number in numbers}
     rows.names |= {f"p{number}": number for number in numbers}
     rows.write(tmp_path / "data")
     opened = Store(tmp_path / "data")
     for _ in range(100):
-        opened.commit(Group(counter=COUNTER))  # rows move from their delta into the B-tree
+        opened.commit(Group(counter=300))  # rows move from their delta into the B-tree
     opened.close()
     file = tmp_path / "data" / store.STORE_FOLDER / "data.mdb"
     with Pages(str(file)) as pages:
