@@ -32,6 +32,8 @@ from .topics import Ends, Mark, Partition, TopicRow
 
 ROW_BYTES = 4096
 """What a stored batch costs beyond its own bytes, at most: a page (see `Limits.store_bytes_max`)."""
+PAGE_PARTITIONS_MAX = 16 << 10
+"""Partitions in one page of topics, so that it fits into a frame's header (at most 28 bytes each)."""
 TRIM_BATCHES = 256
 """Batches removed from one partition in one group commit, so that trimming never holds up senders for long."""
 TRIM_MS = 1000
@@ -424,6 +426,13 @@ class Core:
         row = self._topics.get(topic_id)
         return None if row is None or row.deleted else row
 
+    def _lacking(self, topic_id: int, index: int) -> Failed | None:
+        """The refusal of a request that names a partition which is not there."""
+        topic = self._topic(topic_id)
+        if topic is not None and index < len(topic.floors):
+            return None
+        return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} with a partition {index} (any more)")
+
     def _partition(self, topic_id: int, index: int) -> Partition:
         partition = self._partitions.get((topic_id, index))
         if partition is None:
@@ -451,7 +460,9 @@ class Core:
 
     # ---------------------------------------------------------------------------------------------- handlers
 
-    def _hello(self, now: Now, connection: Connection, correlation: int, request: wire.Hello, payload: bytes) -> Any:
+    def _hello(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Hello, payload: bytes
+    ) -> wire.Welcome | Failed:
         if connection.serial:
             raise wire.WireError(Code.BAD_REQUEST, "Hello comes once")
         if self._access_token and not hmac.compare_digest(request.token.encode(), self._access_token.encode()):
@@ -462,10 +473,14 @@ class Core:
         self._connections[connection.serial] = connection
         return wire.Welcome(wire.VERSION, self._version, self._incarnation, self._space.txn_id, self._limits.remembered)
 
-    def _ping(self, now: Now, connection: Connection, correlation: int, request: wire.Ping, payload: bytes) -> Any:
+    def _ping(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Ping, payload: bytes
+    ) -> wire.Pong:
         return wire.Pong(now.wall_ms)
 
-    def _open(self, now: Now, connection: Connection, correlation: int, request: wire.Open, payload: bytes) -> Any:
+    def _open(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Open, payload: bytes
+    ) -> wire.Opened | Failed:
         row = self._producer_named(request.name)
         opened = producers.opening(row, request, self._counter + 1, connection.client, connection.address, now.wall_ms)
         if type(opened) is Failed:
@@ -484,7 +499,9 @@ class Core:
             self._serials.pop(opened.producer_id, None)
         return wire.Opened(opened.producer_id, opened.epoch, opened.last_seq, opened.token)
 
-    def _commit(self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes) -> Any:
+    def _commit(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes
+    ) -> wire.Committed | Failed:
         """The broker's rules of PROTOCOL.md, in their order."""
         batches = wire.slices([append.length for append in request.appends], payload)
         row: ProducerRow | None = None
@@ -555,9 +572,9 @@ class Core:
             if refusal is not None:
                 return refusal
         for entry in request.offsets:
-            topic = self._topic(entry.topic_id)
-            if topic is None or entry.partition >= len(topic.floors):
-                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {entry.topic_id} (any more)")
+            refusal = self._lacking(entry.topic_id, entry.partition)
+            if refusal is not None:
+                return refusal
             if entry.end > self._partition(entry.topic_id, entry.partition).next:
                 return Failed(Code.BAD_REQUEST, f"position {entry.end} lies beyond the partition's end")
         return None
@@ -565,9 +582,9 @@ class Core:
     def _appends_refused(self, request: wire.Commit, batches: Sequence[bytes]) -> Failed | None:
         size = 0
         for append, batch in zip(request.appends, batches, strict=True):
-            topic = self._topic(append.topic_id)
-            if topic is None or append.partition >= len(topic.floors):
-                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {append.topic_id} (any more)")
+            refusal = self._lacking(append.topic_id, append.partition)
+            if refusal is not None:
+                return refusal
             header = wire.batch_header(batch)
             if (header.topic_id, header.partition, header.producer_id) != (
                 append.topic_id,
@@ -604,10 +621,12 @@ class Core:
         partition.timestamp_ms = timestamp_ms
         return wire.Position(offset, timestamp_ms)
 
-    def _grant(self, now: Now, connection: Connection, correlation: int, request: wire.Grant, payload: bytes) -> Any:
-        topic = self._topic(request.topic_id)
-        if topic is None or request.partition >= len(topic.floors):
-            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+    def _grant(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Grant, payload: bytes
+    ) -> wire.Granted | Failed:
+        refusal = self._lacking(request.topic_id, request.partition)
+        if refusal is not None:
+            return refusal
         key = OffsetKey(request.group, request.topic_id, request.partition)
         row = self._offset(key)
         start = self._partition(request.topic_id, request.partition).earliest
@@ -622,7 +641,7 @@ class Core:
 
     def _create_topic(
         self, now: Now, connection: Connection, correlation: int, request: wire.CreateTopic, payload: bytes
-    ) -> Any:
+    ) -> wire.TopicIs | Failed:
         refusal = _unsupported(request.settings)
         if refusal is not None:
             return refusal
@@ -647,7 +666,7 @@ class Core:
 
     def _alter_topic(
         self, now: Now, connection: Connection, correlation: int, request: wire.AlterTopic, payload: bytes
-    ) -> Any:
+    ) -> wire.TopicIs | Failed:
         row = self._topic(request.topic_id)
         if row is None:
             return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
@@ -662,7 +681,7 @@ class Core:
 
     def _delete_topic(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteTopic, payload: bytes
-    ) -> Any:
+    ) -> wire.Done | Failed:
         row = self._topic(request.topic_id)
         if row is None:
             if request.topic_id > self._counter:
@@ -675,7 +694,7 @@ class Core:
 
     def _purge_topic(
         self, now: Now, connection: Connection, correlation: int, request: wire.PurgeTopic, payload: bytes
-    ) -> Any:
+    ) -> wire.Done | Failed:
         row = self._topic(request.topic_id)
         if row is None:
             return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
@@ -698,7 +717,7 @@ class Core:
 
     def _metadata(
         self, now: Now, connection: Connection, correlation: int, request: wire.Metadata, payload: bytes
-    ) -> Any:
+    ) -> wire.Topics:
         if request.names is not None:
             names, more = [name for name in dict.fromkeys(request.names) if name in self._topic_ids], False
         else:
@@ -709,13 +728,15 @@ class Core:
         for name in names[: wire.NAMES_MAX]:
             row = self._topics[self._topic_ids[name]]
             partitions += len(row.floors)
-            if found and partitions > wire.PARTITIONS_MAX * 16 and request.names is None:
-                more = True  # a page must fit into a frame's header
+            if found and partitions > PAGE_PARTITIONS_MAX and request.names is None:
+                more = True
                 break
             found.append(self._topic_entry(row))
         return wire.Topics(found, more)
 
-    def _fetch(self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes) -> Any:
+    def _fetch(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes
+    ) -> Read | Failed | None:
         read = self._look(connection, correlation, request)
         if request.wait_ms == 0 or read.parts or any(one.offset < one.next for one in read.ranges):
             return read
@@ -733,10 +754,9 @@ class Core:
         """What a fetch can get now: ranges to read, and parts that are answered without reading."""
         read = Read(connection, correlation, [], [], request.bytes_max)
         for topic_id, index, offset in request.ranges:
-            topic = self._topic(topic_id)
-            if topic is None or index >= len(topic.floors):
-                text = f"there is no topic {topic_id} with a partition {index} (any more)"
-                read.parts.append(wire.Part(topic_id, index, 0, 0, [], Code.UNKNOWN_TOPIC, text))
+            refusal = self._lacking(topic_id, index)
+            if refusal is not None:
+                read.parts.append(wire.Part(topic_id, index, 0, 0, [], refusal.code, refusal.text))
                 continue
             partition = self._partition(topic_id, index)
             earliest, end = partition.earliest, partition.durable_next
@@ -772,10 +792,10 @@ class Core:
 
     def _offset_at(
         self, now: Now, connection: Connection, correlation: int, request: wire.OffsetAt, payload: bytes
-    ) -> Any:
-        topic = self._topic(request.topic_id)
-        if topic is None or request.partition >= len(topic.floors):
-            return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {request.topic_id} (any more)")
+    ) -> wire.OffsetIs | Failed:
+        refusal = self._lacking(request.topic_id, request.partition)
+        if refusal is not None:
+            return refusal
         partition = self._partition(request.topic_id, request.partition)
         found = self._rows.offset_at(request.topic_id, request.partition, request.timestamp_ms)
         end = partition.durable_next
@@ -783,7 +803,7 @@ class Core:
 
     def _list_producers(
         self, now: Now, connection: Connection, correlation: int, request: wire.Producers, payload: bytes
-    ) -> Any:
+    ) -> wire.ProducersAre:
         if request.names is not None:
             rows, more = [self._producer_named(name) for name in dict.fromkeys(request.names)], False
         else:
@@ -806,7 +826,7 @@ class Core:
 
     def _delete_producer_request(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteProducer, payload: bytes
-    ) -> Any:
+    ) -> wire.Done | Failed:
         row = self._producer(request.producer_id)
         if row is None:
             if request.producer_id > self._counter:
@@ -928,6 +948,7 @@ def _differing(row: TopicRow, request: wire.CreateTopic) -> str:
     return ", ".join(f"{name} is {have[name]} and not {want[name]}" for name in have if have[name] != want[name])
 
 
+# Returns its reply: a handler that forgets it does not type-check. None: the request waits, and is answered later.
 _Handler = Callable[[Core, Now, Connection, int, Any, bytes], Any]
 
 _HANDLERS: dict[type[Any], _Handler] = {
