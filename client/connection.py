@@ -186,7 +186,6 @@ class Connection:
             if isinstance(value, IdemqError):
                 self._explain(value)
                 waiter.set_exception(value)
-                waiter.exception()  # seen, if the one that waits is cancelled in this very turn
             else:
                 waiter.set_result(value)
 

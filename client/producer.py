@@ -139,8 +139,6 @@ class Producer:
         if error is not None:
             waiting = f"{len(left)} batches were not answered in time; their outcome is unknown" if left else error.text
             raise OutcomeUnknown(waiting, seq=self._engine.state.highest)
-        for one in left:
-            raise one
 
     async def __aenter__(self) -> Producer:
         await self._engine.open(self._timeout)

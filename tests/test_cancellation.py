@@ -125,8 +125,9 @@ def with_client(name: str, call: Callable[[idemq.Client], Coroutine[Any, Any, An
 
     async def prepare(w: World) -> Coroutine[Any, Any, Any]:
         mq = await idemq.connect(w.broker.url)
-        sub = mq.subscribe("t")
+        sub = mq.subscribe("t", prefetch_bytes=1)
         await sub.open()
+        await eventually(lambda: sub._buffered_bytes > 0)  # it waits to be read, not for the broker
         await w.sending(mq)
         w.after.append(mq.close)
         return call(mq)

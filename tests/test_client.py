@@ -116,6 +116,26 @@ async def test_nobody_listens() -> None:
 
 
 @run
+async def test_the_transport_of_a_dial_that_took_too_long_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    original, late = loop.create_connection, []
+
+    async def create_connection(*arguments: Any) -> Any:
+        transport, protocol = await original(*arguments)
+        if not late:
+            late.append(transport)
+            raise TimeoutError
+        return transport, protocol
+
+    monkeypatch.setattr(loop, "create_connection", create_connection)
+    async with broker() as b, idemq.connect(b.url) as mq:
+        late[0].close()
+        await asyncio.sleep(0.01)
+        assert await mq.ping()
+        assert mq._engine.reconnects == 0  # type: ignore[attr-defined]
+
+
+@run
 async def test_the_other_side_is_no_broker() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
@@ -1153,6 +1173,23 @@ async def test_leaving_normally_flushes() -> None:
         with pytest.raises(idemq.ClientClosed):
             mq.subscribe("t")
         await eventually(lambda: b.server.core.connections == 0)
+
+
+@run
+async def test_a_second_close_does_not_end_the_flush_of_the_first() -> None:
+    async with broker() as b, Link("127.0.0.1", b.port) as link:
+        mq = await idemq.connect(link.url)
+        await mq.create_topic("t")
+        await mq.send("t", b"0")
+        link.stall()
+        sending = asyncio.create_task(mq.send("t", b"1"))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(mq.close())
+        await asyncio.sleep(0)
+        await mq.close()
+        await link.heal()
+        await closing
+        assert (await sending).seq == 1
 
 
 @pytest.mark.parametrize("producers", [1, 100])

@@ -413,6 +413,15 @@ def test_a_retriable_refusal_before_a_cut_is_forgotten() -> None:
     assert len(script.told) == 2
 
 
+def test_only_what_was_sent_on_this_connection_is_awaited() -> None:
+    script, _ = sent(3)
+    script.lose()
+    script.connect(remembered=1)
+    script.answer(refused(Code.BUSY))
+    script.sleep(script.session.config.retry_s_max)
+    assert script.links == [(-1, 0)]
+
+
 def test_definite_refusal_of_counted_sends_relinks() -> None:
     script, producer = sent(3)
     script.answer(refused(Code.TOO_LARGE))
@@ -825,6 +834,15 @@ def test_a_transaction_leaves_out_what_is_stored() -> None:
     script.transact(producer, "all", b"6", b"7", seqs=(6, 7))
     assert [one.duplicate for one in script.told["all"]] == [True, True]
     assert script.commits == []
+
+
+def test_a_second_wait_has_its_deadline_while_the_topic_is_unknown() -> None:
+    script, producer = ready()
+    script.lose()
+    script.send(producer, "first", topic="u", seq=1)
+    script.send(producer, "second", topic="u", seq=1, timeout=5)
+    script.sleep(6)
+    assert isinstance(script.told["second"], OutcomeUnknown)
 
 
 def test_a_refused_transaction_leaves_no_trace() -> None:
