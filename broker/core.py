@@ -17,10 +17,10 @@ A handler decides first and writes then: every check stands before the first cha
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from idemq.client import wire
 from idemq.client.wire import Code, Failed
@@ -30,10 +30,12 @@ from .groups import OffsetKey, OffsetRow
 from .producers import ProducerRow
 from .topics import Ends, Mark, Partition, TopicRow
 
+Row = TypeVar("Row")
+
 ROW_BYTES = 4096
 """What a stored batch costs beyond its own bytes, at most: a page (see `Limits.store_bytes_max`)."""
-PAGE_PARTITIONS_MAX = 16 << 10
-"""Partitions in one page of topics, so that it fits into a frame's header (at most 28 bytes each)."""
+PAGE_BYTES_MAX = wire.HEADER_BYTES_MAX // 2
+"""What the rows of one page of a listing may come to, so that it fits into a frame's header."""
 TRIM_BATCHES = 256
 """Batches removed from one partition in one group commit, so that trimming never holds up senders for long."""
 TRIM_MS = 1000
@@ -718,21 +720,11 @@ class Core:
     def _metadata(
         self, now: Now, connection: Connection, correlation: int, request: wire.Metadata, payload: bytes
     ) -> wire.Topics:
-        if request.names is not None:
-            names, more = [name for name in dict.fromkeys(request.names) if name in self._topic_ids], False
-        else:
-            names = sorted(name for name in self._topic_ids if name > request.after)
-            more = len(names) > wire.NAMES_MAX
-        found: list[wire.TopicEntry] = []
-        partitions = 0
-        for name in names[: wire.NAMES_MAX]:
-            row = self._topics[self._topic_ids[name]]
-            partitions += len(row.floors)
-            if found and partitions > PAGE_PARTITIONS_MAX and request.names is None:
-                more = True
-                break
-            found.append(self._topic_entry(row))
-        return wire.Topics(found, more)
+        asked = self._topic_ids if request.names is None else dict.fromkeys(request.names)
+        names = sorted([name for name in asked if name in self._topic_ids and name > request.after])
+        rows = (self._topics[self._topic_ids[name]] for name in names)
+        page, more = _page(rows, lambda row: 64 + len(row.name) + 28 * len(row.floors))
+        return wire.Topics([self._topic_entry(row) for row in page], more)
 
     def _fetch(
         self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes
@@ -804,25 +796,25 @@ class Core:
     def _list_producers(
         self, now: Now, connection: Connection, correlation: int, request: wire.Producers, payload: bytes
     ) -> wire.ProducersAre:
-        if request.names is not None:
-            rows, more = [self._producer_named(name) for name in dict.fromkeys(request.names)], False
+        rows: Iterable[ProducerRow | None]
+        if request.names is None:
+            rows = self._producers_behind(request.after)
         else:
-            # The committed names, each as it is decided: one that is created right now may be missing from a page.
-            names = self._rows.producer_names(request.after, wire.NAMES_MAX + 1)
-            rows, more = (
-                [self._producer_named(name) for name, _ in names[: wire.NAMES_MAX]],
-                len(names) > wire.NAMES_MAX,
-            )
-        return wire.ProducersAre(
-            [
-                wire.ProducerEntry(
-                    row.name, row.producer_id, row.epoch, row.last_seq, row.token, row.holder, row.seen_ms
-                )
-                for row in rows
-                if row is not None
-            ],
-            more,
-        )
+            names = sorted([name for name in dict.fromkeys(request.names) if name > request.after])
+            rows = (self._producer_named(name) for name in names)
+        there = (row for row in rows if row is not None)
+        page, more = _page(there, lambda row: 128 + 4 * len(row.name + row.holder) + len(row.token or b""))
+        entries = [
+            wire.ProducerEntry(row.name, row.producer_id, row.epoch, row.last_seq, row.token, row.holder, row.seen_ms)
+            for row in page
+        ]
+        return wire.ProducersAre(entries, more)
+
+    def _producers_behind(self, after: str) -> Iterator[ProducerRow | None]:
+        """The committed names, each as it is decided: one that is created right now may be missing."""
+        while names := self._rows.producer_names(after, wire.NAMES_MAX):
+            for after, _ in names:
+                yield self._producer_named(after)
 
     def _delete_producer_request(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteProducer, payload: bytes
@@ -931,6 +923,18 @@ _CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MI
 def _records(batch: bytes) -> int:
     """A verified batch's number of records."""
     return int(wire.BATCH_HEADER.unpack_from(batch)[3])
+
+
+def _page(rows: Iterable[Row], size: Callable[[Row], int]) -> tuple[list[Row], bool]:
+    """(the first rows, are there more). `size`: what a row takes in the reply, in bytes at most."""
+    page: list[Row] = []
+    bytes_left = PAGE_BYTES_MAX
+    for row in rows:
+        bytes_left -= size(row)
+        if page and (bytes_left < 0 or len(page) == wire.NAMES_MAX):
+            return page, True
+        page.append(row)
+    return page, False
 
 
 def _unsupported(settings: wire.Settings) -> Failed | None:

@@ -398,7 +398,7 @@ class Done(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """Topics by name; None: a page of all, in name order behind `after`. Names that do not exist are left out."""
+    """Topics by name; None: all. A page of them, in name order behind `after`; those not there are left out."""
 
     names: Annotated[list[Text], _Items(NAMES_MAX)] | None
     after: Text = ""
@@ -480,7 +480,7 @@ class ProducerEntry(NamedTuple):
 
 
 class Producers(NamedTuple):
-    """Named producers by name; None: a page of all in name order behind `after`."""
+    """Producers by name; None: all. A page of them, in name order behind `after`; those not there are left out."""
 
     names: Annotated[list[Text], _Items(NAMES_MAX)] | None
     after: Text = ""

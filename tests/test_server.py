@@ -17,8 +17,10 @@ import pytest
 
 from idemq.broker import server as server_module
 from idemq.broker.core import Damaged, Group, Read, ReadRange, Space, Stored
+from idemq.broker.producers import ProducerRow
 from idemq.broker.server import FETCH_BATCHES_MAX, _HotTail, collect
 from idemq.broker.store import READ_BATCHES_MAX, MemoryStore, Storage, Store, StoreBroken, StoreFull
+from idemq.broker.topics import TopicRow
 from idemq.client import wire
 from idemq.client.wire import (
     Code,
@@ -453,6 +455,26 @@ def test_one_busy_connection_leaves_others_their_turn(monkeypatch: pytest.Monkey
         client.socket.sendall(b"".join(wire.encode(n, Ping()) for n in range(100)))
         assert [client.expect()[0] for _ in range(100)] == list(range(100))
         assert len(steps) >= 10
+
+
+def test_a_listing_comes_in_pages_that_fit_into_a_frame() -> None:
+    store = MemoryStore()
+    token, last = b"t" * wire.TOKEN_BYTES_MAX, wire.NUMBER_MAX
+    rows = [ProducerRow(n, f"p{n:03}", n, "s", 0, token, "", "", 0, 0, False, (), ()) for n in range(1, 301)]
+    floors = (last,) * wire.PARTITIONS_MAX
+    topics = [TopicRow(n, f"t{n:03}", wire.Settings(), floors, "", deleted=False) for n in range(301, 361)]
+    producers, names = {row.producer_id: row for row in rows}, {row.name: row.producer_id for row in rows}
+    store.commit(Group(producers=producers, names=names, topics={row.topic_id: row for row in topics}, counter=400))
+    with Running(store) as running, running.connect() as raw:
+        for request, expected in ((wire.Metadata, topics), (wire.Producers, rows)):
+            for asked in (None, [row.name for row in reversed(expected)] + ["unknown"]):
+                found: list[str] = []
+                more = True
+                while more:
+                    page, more = raw.call(request(asked, found[-1] if found else ""))
+                    assert page or not more
+                    found += [one.name for one in page]
+                assert found == [row.name for row in expected]
 
 
 def test_large_listings_are_made_one_at_a_time() -> None:
