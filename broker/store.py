@@ -343,7 +343,7 @@ class Store:
         lazy.young_bytes += sum([len(value) for _, value in delta if value is not None])
         lazy.young_deltas += bool(delta)
         del lazy.old_ids[len(lazy.old_ids) - moved :]
-        if lazy.old and not lazy.old_ids:
+        if not lazy.old_ids:
             lazy.old = {}
         if not lazy.old and (lazy.young_bytes >= LAZY_BYTES_MAX or lazy.young_deltas >= LAZY_DELTAS_MAX):
             lazy.age(self._state.commits)
