@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -543,9 +544,7 @@ class Mover(Leasing):
         for position in [*range(self.next + 1, end + 1), *again]:
             offset = wire.Offset(self.group, self.topic_id, 0, self.lease, min(self.next, position), position)
             self.busy = True
-            self.ask(
-                wire.Commit(0, 0, -1, -1, [], [offset]), lambda answer, offset=offset: self._moved(offset, answer), 5.0
-            )
+            self.ask(wire.Commit(0, 0, -1, -1, [], [offset]), partial(self._moved, offset), 5.0)
 
     def _moved(self, offset: wire.Offset, answer: Any) -> None:
         self.world.oracle.moved_plainly(self.session, offset, answer)
@@ -683,7 +682,7 @@ def admin(world: World, process: Process) -> None:
 
     def ask(request: Any) -> None:
         world.operations += 1
-        session.call(now, request, Called(_settled), now + 4.0)
+        session.call(now, request, Called(_settled), now + rng.choice((0.1, 4.0)))
 
     topics = [topic for topic in world.store.topics() if not topic.deleted]
     if world.healed:
@@ -753,7 +752,9 @@ def probe(world: World) -> None:
     elif kind == 3:
         commit(here, epoch, far, far)
     elif kind == 4 and row.last_seq >= 0:
-        commit(here, epoch, row.last_seq - 1, row.last_seq)
+        last = row.last_seq if rng.random() < 0.5 or not row.results else row.results[0].last_seq - 1
+        if last >= 0:
+            commit(here, epoch, last - 1, last)
     elif kind == 5:
         commit(0, 0, -1, -1, topic=far)
     elif kind == 6:

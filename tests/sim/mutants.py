@@ -94,7 +94,13 @@ MUTANTS = [
         "refused = self._appends_refused(request, batches)\n            if refused is not None:\n"
         "                return refused\n",
     ),
-    _one("fingerprint not remembered", producers, "advanced", "(*row.results, result)[-remember:]", "()"),
+    _one(
+        "fingerprint not remembered",
+        producers,
+        "advanced",
+        "(*row.results, Result(commit.last_seq, fingerprint, positions))[-remember:]",
+        "()",
+    ),
     _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1'),
     _one(
         "takeover's end is one too high",
@@ -268,7 +274,7 @@ def _replaced(owner: Any, function: str, old: str, new: str) -> Any:
     found = source.count(old)
     assert found == 1, f"{function}: the text of the guard occurs {found} times: {old!r}"
     head = "if True:\n" if source.startswith(" ") else ""
-    scope: dict[str, Any] = dict(vars(inspect.getmodule(original)))  # type: ignore[arg-type]  # it has one
+    scope: dict[str, Any] = dict(vars(inspect.getmodule(original)))
     code = "from __future__ import annotations\n" + head + source.replace(old, new)
     exec(compile(code, f"<mutant of {function}>", "exec"), scope)
     return scope[function]

@@ -18,7 +18,7 @@ from idemq.broker.store import MemoryStore, StoreBroken
 from idemq.client import wire
 from idemq.client.session import Session, SessionConfig
 
-from .apps import App, Loader, admin, apps_of, probe
+from .apps import App, Loader, Sending, admin, apps_of, probe
 from .oracle import Life, Oracle, Source, Violation
 
 OPERATIONS = 300
@@ -103,7 +103,7 @@ class World:
         self.anonymous_idle_ms = rng.choice((5_000, 3600_000))
         self.group_bytes_max = rng.choice((1 << 20, 1 << 20, 25_000))
         self.fetches_max = rng.choice((1, 8))
-        self.quota = rng.random() < 0.1
+        self.quota = rng.random() < 0.2
         self.may_restore = rng.random() < 0.15
         self.batch_bytes = rng.choice((30, 60, 200))
         self.in_flight = rng.choice((1, 3, 8, 16))
@@ -191,7 +191,7 @@ class World:
             session=f"s{self.session_number}",
             client=f"client {number}",
             answer_s_max=2.0,
-            idle_s=3.0,
+            idle_s=2.0,
             retry_s_min=0.02,
             retry_s_max=0.5,
             topic_age_s_max=4.0,
@@ -294,6 +294,7 @@ class World:
             return
         clock = self.clock()
         outputs: list[Any] = []
+        waits = False
         for correlation, request, payload in frames[: link.up_kept - number]:
             kind = type(request)
             if kind is wire.Commit or kind is wire.Open or kind is wire.Grant:
@@ -307,10 +308,12 @@ class World:
                     break
             elif kind is wire.Fetch:
                 self.after(request.wait_ms / 1000 + 0.002, self._tick_soon, None, None)
+            else:
+                waits = True
         link.up_done = number + len(frames)
         if outputs:
             self._output(outputs)
-        if not self.beginning and self.group is None:
+        if waits and not self.beginning and self.group is None:
             self.beginning = True
             self.after(self.random() * 0.002, self._begin, None, None)
 
@@ -329,7 +332,7 @@ class World:
             for output in replies:
                 if type(output) is Reply:
                     messages.append((output.correlation, output.message, b""))
-                    if output.correlation in link.asked:
+                    if output.correlation in link.asked and link.process is not None:
                         self._judge(link.asked.pop(output.correlation), output.message)
                     if output.close:
                         close = True
@@ -426,7 +429,7 @@ class World:
             group_bytes_max=1 << 20 if healed else self.group_bytes_max,
             fetches_max=self.fetches_max,
             topics_max=5 if self.quota and not healed else 100,
-            producers_max=12 if self.quota and not healed else 10_000,
+            producers_max=8 if self.quota and not healed else 10_000,
             rows_cached_max=3,
             clock_pause_ms=2_000,
             remembered=self.remember,
@@ -658,6 +661,39 @@ class World:
         self.after(0.0, self.act, process, twin)
         return True
 
+    def _fault_takeovers(self) -> bool:
+        """A holder hears nothing while its name is taken again and again."""
+        apps = [
+            app
+            for process in self.processes
+            for app in process.apps
+            if isinstance(app, Sending)
+            and app.named
+            and not app.over
+            and app.producer.queue
+            and process.link is not None
+        ]
+        if not apps:
+            return False
+        app = self.rng.choice(apps)
+        link = app.process.link
+        assert link is not None
+        link.down_kept = min(link.down_kept, link.down_count)
+        if self.random() < 0.5:
+            link.up_from = max(link.up_from, self.now + 0.6)
+        count = self.rng.choice((1, 2, 6))
+        for turn in range(count):
+            self.after(0.03 + turn * 0.1, self._take_over, app, None)
+        self.after(0.2 + count * 0.1, self._lost, link, None)
+        return True
+
+    def _take_over(self, app: App, _: None) -> None:
+        others = [process for process in self.processes if process is not app.process]
+        process = self.rng.choice(others)
+        twin = app.twin(process)
+        process.apps.append(twin)
+        self.act(process, twin)
+
     def _fault_sleep(self) -> bool:
         """Everybody sleeps for longer than an anonymous producer lives."""
         self.wall_s += 6.0
@@ -781,6 +817,7 @@ FAULT_KINDS = (
     "full",
     *("kill",) * 2,
     *("ambush",) * 4,
+    *("takeovers",) * 2,
     *("pause",) * 2,
     "sleep",
     "clock",
