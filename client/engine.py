@@ -17,6 +17,7 @@ from . import session as core
 from . import wire
 from .connection import Address, Connection
 from .errors import BrokerBusy, IdemqError, InvalidRequest, OutcomeUnknown, UnknownProducer, UnknownTopic
+from .pipeline import Producer, Tally, Topic
 from .records import Receipt, Record
 
 
@@ -96,7 +97,7 @@ class EngineProducer(Protocol):
     """One producer of an engine."""
 
     @property
-    def state(self) -> core.Producer:
+    def state(self) -> Producer:
         """What may be read of it."""
 
     async def open(self, timeout: float) -> None:
@@ -105,16 +106,16 @@ class EngineProducer(Protocol):
     async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
         """Enqueue before the first await, return when durable."""
 
-    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: core.Tally) -> int:
+    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
         """Put a chunk in line; returns how many of it were taken before the buffer was full."""
 
     async def room(self, timeout: float) -> None:
         """Wait until the buffer takes more."""
 
-    async def finish(self, tally: core.Tally, timeout: float) -> None:
+    async def finish(self, tally: Tally, timeout: float) -> None:
         """Wait until all of a tally is decided."""
 
-    def abandon(self, tally: core.Tally) -> None:
+    def abandon(self, tally: Tally) -> None:
         """Nobody waits for it any more: its failures are told by flush or close."""
 
     async def transact(
@@ -311,7 +312,7 @@ class NativeProducer:
     ) -> None:
         self._session = session
         self._connection = connection
-        self.state = core.Producer(
+        self.state = Producer(
             name if name is not None else f"~{secrets.token_hex(12)}",
             anonymous=name is None,
             dedup=options.dedup,
@@ -343,7 +344,7 @@ class NativeProducer:
         receipt: Receipt = await self._answer(waiter, seq)
         return receipt
 
-    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: core.Tally) -> int:
+    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
         """Put a chunk in line; returns how many of it were taken before the buffer was full."""
         taken = self._session.enqueue_many(self._connection.loop.time(), self.state, topic, chunk, tally)
         self._connection.pump()
@@ -369,14 +370,14 @@ class NativeProducer:
                 self._session.leave_room(self.state, waiter)
                 self._connection.kick()
 
-    async def finish(self, tally: core.Tally, timeout: float) -> None:
+    async def finish(self, tally: Tally, timeout: float) -> None:
         """Wait until all of a tally is decided."""
         waiter = self._connection.future()
         self._session.finish(self._connection.loop.time(), self.state, tally, waiter, timeout)
         self._connection.pump()
         await waiter
 
-    def abandon(self, tally: core.Tally) -> None:
+    def abandon(self, tally: Tally) -> None:
         """Nobody waits for it any more: its failures are told by flush or close."""
         self._session.abandon(self.state, tally)
 
@@ -386,7 +387,7 @@ class NativeProducer:
         """Store everything or nothing."""
         connection, loop = self._connection, self._connection.loop
         deadline = loop.time() + timeout
-        topics: dict[str, core.Topic] = {}
+        topics: dict[str, Topic] = {}
         for name, _ in sends:
             known = topics.get(name) or self._session.topic(loop.time(), name)
             if known is None:

@@ -9,8 +9,8 @@ from types import TracebackType
 
 from .engine import EngineProducer
 from .errors import ClientClosed, IdemqError, InvalidRequest, OutcomeUnknown, Unsupported
+from .pipeline import Tally
 from .records import Headers, Receipt, Record, SendSummary, check_record
-from .session import Tally
 from .transaction import Transaction
 
 CHUNK_RECORDS_MIN = 64

@@ -1,8 +1,9 @@
 """The client's whole decision logic, pure: numbers, what is in flight, what an answer means, when to try again.
 
-The rules C1 to C10 of broker/PROTOCOL.md live here and nowhere else. A session is one client's dealings with a broker:
-at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a future:
-time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
+The rules C1 to C10 of broker/PROTOCOL.md live here, over the state in `pipeline.py`, and nowhere else. A session is one
+client's dealings with a broker: at most one connection at a time, any number of producers on it. It may not know a
+socket, a clock, a task or a future: time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque
+`waiter`. The shell calls in,
 
     connected, received, disconnected, tick          what the connection and the clock do
     call, open, enqueue, enqueue_many, transact …    what the user wants
@@ -13,7 +14,6 @@ and then does what `take()` says: dial, cut, frames to write, waiters to answer.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -36,11 +36,23 @@ from .errors import (
     Unsupported,
     from_refusal,
 )
+from .pipeline import (
+    Barrier,
+    Joined,
+    Pending,
+    Prefixed,
+    Producer,
+    QueuedCommit,
+    StillUnknown,
+    Tally,
+    Topic,
+    Unresolved,
+    Waiter,
+    is_waited,
+    without,
+)
 from .records import Receipt, Record
 from .wire import Code, Failed, crc32
-
-Waiter = Any
-"""Whoever waits for an outcome; the session hands it back with a value or an exception and never looks into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,187 +93,6 @@ class Actions(NamedTuple):
     """(waiter, value or IdemqError)"""
 
 
-class Pending:
-    """An outcome that nobody waits for right now, but somebody may ask for (`OutcomeUnknown.outcome()`)."""
-
-    __slots__ = ("done", "value", "waiters")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.value: Any = None
-        self.waiters: list[Waiter] = []
-
-
-class Topic(NamedTuple):
-    """What a producer must know of a topic."""
-
-    name: str
-    topic_id: int
-    partitions: int
-
-
-class _Part:
-    """The records of one commit for one partition, in columns; a column nobody uses stays None."""
-
-    __slots__ = (
-        "deadlines",
-        "first_seq",
-        "headers",
-        "keys",
-        "last_seq",
-        "partition",
-        "seqs",
-        "topic",
-        "values",
-        "waiters",
-    )
-
-    def __init__(self, topic: Topic, partition: int, first_seq: int) -> None:
-        self.topic = topic
-        self.partition = partition
-        self.first_seq = first_seq
-        self.last_seq = first_seq - 1
-        self.values: list[bytes] = []
-        self.keys: list[bytes | None] | None = None
-        self.headers: list[records.Headers | None] | None = None
-        self.seqs: list[int] | None = None
-        self.waiters: list[Waiter] | None = None
-        self.deadlines: list[float] = []
-        """Parallel to `waiters`."""
-
-    def add(
-        self,
-        value: bytes,
-        key: bytes | None,
-        headers: records.Headers | None,
-        seq: int,
-        waiter: Waiter = None,
-        deadline: float = inf,
-    ) -> None:
-        count = len(self.values)
-        if key is not None:
-            if self.keys is None:
-                self.keys = [None] * count
-            self.keys.append(key)
-        elif self.keys is not None:
-            self.keys.append(None)
-        if headers is not None:
-            if self.headers is None:
-                self.headers = [None] * count
-            self.headers.append(dict(headers))
-        elif self.headers is not None:
-            self.headers.append(None)
-        if self.seqs is not None:
-            self.seqs.append(seq)
-        elif seq != self.last_seq + 1:
-            self.seqs = [*range(self.first_seq, self.last_seq + 1), seq]
-        if waiter is not None:
-            if self.waiters is None:
-                self.waiters = [None] * count
-                self.deadlines = [inf] * count
-            self.waiters.append(waiter)
-            self.deadlines.append(deadline)
-        elif self.waiters is not None:
-            self.waiters.append(None)
-            self.deadlines.append(inf)
-        self.values.append(value)
-        self.last_seq = seq
-
-    def batch(self, producer_id: int, codec: int) -> bytes:
-        deltas = None if self.seqs is None else [seq - self.first_seq for seq in self.seqs]
-        body = records.pack(self.values, self.keys, self.headers, deltas, codec)
-        topic_id, count = self.topic.topic_id, len(self.values)
-        return wire.make_batch(codec, count, topic_id, self.partition, producer_id, self.first_seq, self.last_seq, body)
-
-    def receipt(self, index: int, position: wire.Position | None, duplicate: bool, dedup: bool) -> Receipt:
-        seq = (self.first_seq + index if self.seqs is None else self.seqs[index]) if dedup else None
-        offset = None if position is None else position.offset + index
-        timestamp = None if position is None else position.timestamp_ms
-        return Receipt(self.topic.name, self.partition, offset, seq, timestamp, duplicate)
-
-
-class _Unresolved(NamedTuple):
-    """A numbered record whose topic is not known yet."""
-
-    record: Record
-    seq: int
-    waiter: Waiter = None
-    deadline: float = inf
-    tally: Tally | None = None
-
-
-class _Commit:
-    """One commit of a producer's queue: open for more records, or frozen when first sent (C1)."""
-
-    __slots__ = (
-        "answered",
-        "appends",
-        "bytes",
-        "deadline",
-        "ever_sent",
-        "in_doubt",
-        "last_seq",
-        "linger_until",
-        "offsets",
-        "open",
-        "order",
-        "parts",
-        "payload",
-        "place",
-        "prev_seq",
-        "records",
-        "refusal",
-        "sent",
-        "tallies",
-        "token",
-        "topic",
-        "transaction",
-        "unresolved",
-        "waiter",
-    )
-
-    def __init__(self, place: int, topic: str, *, transaction: bool) -> None:
-        self.place = place
-        self.topic = topic
-        """Plain sends of one commit share a topic, so that a refused topic fails nobody else's sends."""
-        self.transaction = transaction
-        self.open = not transaction
-        self.parts: dict[tuple[int, int], _Part] = {}
-        self.order: list[tuple[_Part, int]] = []
-        """A transaction's records in the order they were sent: (part, index in it)."""
-        self.unresolved: list[_Unresolved] = []
-        """Numbered records whose topic is still being looked up."""
-        self.offsets: list[wire.Offset] = []
-        self.token: bytes | None = None
-        self.tallies: dict[Tally, int] = {}
-        """How many of the records belong to which `send_many`."""
-        self.waiter: Waiter = None
-        self.deadline = inf
-        self.linger_until = 0.0
-        self.prev_seq: int | None = None
-        self.last_seq = -1
-        self.bytes = 0
-        self.records = 0
-        self.appends: list[wire.Append] = []
-        self.payload: list[bytes] = []
-        self.sent = False
-        """On the current connection."""
-        self.ever_sent = False
-        self.in_doubt = False
-        """Without dedup nothing tells whether an earlier connection's copy was stored."""
-        self.refusal: Failed | None = None
-
-    @property
-    def frozen(self) -> bool:
-        return self.prev_seq is not None
-
-    def count(self, tally: Tally, records: int) -> None:
-        if tally not in self.tallies:
-            tally.pending += 1
-            self.tallies[tally] = 0
-        self.tallies[tally] += records
-
-
 class _Call:
     """A request other than a commit. All of them may be repeated; they are, until an answer or the deadline."""
 
@@ -276,111 +107,6 @@ class _Call:
         self.ever_sent = False
         self.failures = 0
         self.retry_at = 0.0
-
-
-class _Progress:
-    """Somebody waits for many commits; the deadline starts again with each that is answered."""
-
-    __slots__ = ("deadline", "timeout", "waiter")
-
-    def __init__(self, waiter: Waiter = None, timeout: float = inf, now: float = 0.0) -> None:
-        self.waiter = waiter
-        self.timeout = timeout
-        self.deadline = now + timeout
-
-
-class Tally(_Progress):
-    """What becomes of the records of one `send_many`, and who waits for the last of them."""
-
-    __slots__ = ("abandoned", "duplicates", "error", "pending", "stored")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.abandoned = False
-        """Nobody waits any more: what fails is told by flush or close."""
-        self.stored = 0
-        self.duplicates = 0
-        self.error: IdemqError | None = None
-        """The first failure."""
-        self.pending = 0
-        """Commits that hold records of it."""
-
-
-class Barrier(_Progress):
-    """Somebody waits until everything a producer had enqueued is decided (`flush`)."""
-
-    __slots__ = ("last",)
-
-    def __init__(self, waiter: Waiter, timeout: float, now: float, last: int) -> None:
-        super().__init__(waiter, timeout, now)
-        self.last = last
-        """The last commit it waits for, by its place in the producer's line."""
-
-
-class Producer:
-    """One producer of a session. Fields without an underscore may be read by the shell; methods are the session's."""
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        anonymous: bool,
-        dedup: bool,
-        linger_s: float,
-        batch_bytes: int,
-        in_flight: int,
-        codec: int,
-        buffer_bytes: int,
-    ) -> None:
-        self.name = name
-        self.anonymous = anonymous
-        self.dedup = dedup
-        self.linger_s = linger_s
-        self.batch_bytes = batch_bytes
-        self.in_flight_max = in_flight
-        self.codec = codec
-        self.buffer_bytes_max = buffer_bytes
-        self.instance = ""
-        """Tells this producer's repeated Open from that of any other, also of this name and session (rule 10)."""
-        self.id = 0
-        self.epoch = 0
-        self.opened = not dedup
-        """The broker knows it (a producer without dedup needs no opening)."""
-        self.opening: _Call | None = None
-        self.error: IdemqError | None = None
-        """Why it ended; None while it lives."""
-        self.token: bytes | None = None
-        self.last_seq = -1
-        """The highest number known to be stored."""
-        self.highest = -1
-        """The highest number given to a record."""
-        self.given: bool | None = None
-        """True: the application gives the numbers; False: they are counted; None: not decided yet."""
-        self.queue: deque[_Commit] = deque()
-        self.places = 0
-        """How many commits were ever put in line."""
-        self.buffered_bytes = 0
-        self.sent = 0
-        """How many commits at the head of the queue are sent on the current connection and not answered well."""
-        self.refused = False
-        """A refusal came: nothing new is sent until all that was sent is answered (C4)."""
-        self.retry_at = 0.0
-        self.failures = 0
-        self.sticky: dict[str, int] = {}
-        self.barriers: list[Barrier] = []
-        self.tallies: list[Tally] = []
-        """Those somebody waits for."""
-        self.room_waiters: deque[Waiter] = deque()
-        self.stored = 0
-        self.duplicates = 0
-        """Records answered so far, for summaries."""
-        self.unreported: list[IdemqError] = []
-        """Failures of records that nobody waits for: told by the next flush or close."""
-
-    @property
-    def room(self) -> bool:
-        """May more records be enqueued?"""
-        return self.buffered_bytes < self.buffer_bytes_max
 
 
 class Session:
@@ -477,7 +203,7 @@ class Session:
         _, entry, producer = outstanding
         if not _is_answer(entry, message):
             self.protocol_broken(now, f"{type(message).__name__} is no answer to what was asked")
-        elif type(entry) is _Commit:
+        elif type(entry) is QueuedCommit:
             self._committed(now, producer, entry, message)
         elif entry is self:
             self._welcomed(now, message)
@@ -796,11 +522,11 @@ class Session:
         """
         self._dirty[producer] = None
         if not producer.queue:
-            self._complete(waiter, self._report(producer))
+            self._complete(waiter, producer.report())
             return
         barrier = Barrier(waiter, timeout, now, producer.queue[-1].place)
         producer.barriers.append(barrier)
-        self._close_tail(producer)
+        producer.close_tail()
         self._wake(barrier.deadline)
 
     def finish(self, now: float, producer: Producer, tally: Tally, waiter: Waiter, timeout: float) -> None:
@@ -825,15 +551,14 @@ class Session:
         """One that waited for this record was cancelled: the record stays, its failure is told by flush or close."""
         for commit in producer.queue:
             if seq <= commit.last_seq:
-                commit.waiter = _without(commit.waiter, gone)
+                commit.waiter = without(commit.waiter, gone)
                 for part in commit.parts.values():
-                    numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
-                    if part.waiters is not None and seq in numbers:
-                        index = numbers.index(seq)
-                        part.waiters[index] = _without(part.waiters[index], gone)
+                    if part.waiters is not None and seq in part.numbers:
+                        index = part.numbers.index(seq)
+                        part.waiters[index] = without(part.waiters[index], gone)
                 for index, one in enumerate(commit.unresolved):
                     if one.seq == seq:
-                        commit.unresolved[index] = one._replace(waiter=_without(one.waiter, gone))
+                        commit.unresolved[index] = one._replace(waiter=without(one.waiter, gone))
                 return
 
     def leave_flush(self, producer: Producer, gone: Waiter) -> None:
@@ -878,7 +603,7 @@ class Session:
         producer has ended.
         """
         size = records.check_record(record.value, record.key, record.headers) + 16
-        self._check_alive(producer)
+        producer.check_alive()
         seq = self._next_seq(producer, record.seq)
         if seq is None:
             self._join(producer, topic, record, waiter, deadline, tally)
@@ -894,16 +619,16 @@ class Session:
         if known is None or commit.unresolved:
             if record.headers is not None:
                 record = record._replace(headers=dict(record.headers))
-            commit.unresolved.append(_Unresolved(record, seq, waiter, deadline, tally))
+            commit.unresolved.append(Unresolved(record, seq, waiter, deadline, tally))
             self.look_up(now, topic, None, inf)
         else:
             try:
-                index = self._partition(producer, commit, known, record)
+                index = self._partition(producer, known, record)
             except InvalidRequest:
                 if not commit.records:
                     producer.queue.remove(commit)
                 raise
-            part = self._part(commit, known, index, seq)
+            part = commit.part(known, index, seq)
             part.add(record.value, record.key, record.headers, seq, waiter, deadline)
         producer.highest = commit.last_seq = seq
         if tally is not None:
@@ -942,7 +667,7 @@ class Session:
         self, now: float, producer: Producer, topic: str, values: Sequence[bytes], tally: Tally
     ) -> None:
         """The fast way for plain values: one partition takes them all, and nobody waits for each."""
-        self._check_alive(producer)
+        producer.check_alive()
         self._next_seq(producer, None)
         size = sum(map(len, values)) + 16 * len(values)
         known = self.topic(now, topic)
@@ -953,11 +678,11 @@ class Session:
         last = producer.highest + len(values)
         if known is None or commit.unresolved:
             commit.unresolved += [
-                _Unresolved(Record(value), first + index, tally=tally) for index, value in enumerate(values)
+                Unresolved(Record(value), first + index, tally=tally) for index, value in enumerate(values)
             ]
             self.look_up(now, topic, None, inf)
         else:
-            part = self._part(commit, known, self._partition(producer, commit, known, _PLAIN), first)
+            part = commit.part(known, self._partition(producer, known, _PLAIN), first)
             if part.keys is None and part.headers is None and part.waiters is None and part.last_seq + 1 == first:
                 if part.seqs is not None:
                     part.seqs += range(first, last + 1)
@@ -988,7 +713,7 @@ class Session:
 
         Records at or below the producer's last number were sent before: they are left out and answered as duplicates.
         """
-        self._check_alive(producer)
+        producer.check_alive()
         size = len(token or b"")
         for topic, record in sends:
             size += records.check_record(record.value, record.key, record.headers) + 16
@@ -997,19 +722,19 @@ class Session:
             raise TransactionTooLarge(f"a transaction of {size} bytes; at most {wire.COMMIT_BYTES_MAX} are allowed")
         if not sends and producer.given:
             raise InvalidRequest("a transaction of a producer with given numbers needs a record that carries one")
-        self._close_tail(producer)
+        producer.close_tail()
         producer.places += 1
-        commit = _Commit(producer.places, "", transaction=True)
+        commit = QueuedCommit(producer.places, "", transaction=True)
         duplicates: list[Receipt] = []
         highest, given, sticky = producer.highest, producer.given, dict(producer.sticky)
         try:
             for topic, record in sends:
                 seq = self._next_seq(producer, record.seq)
-                index = self._partition(producer, commit, topic, record)
+                index = self._partition(producer, topic, record)
                 if seq is None:
                     duplicates.append(Receipt(topic.name, index, None, record.seq, None, True))
                     continue
-                part = self._part(commit, topic, index, seq)
+                part = commit.part(topic, index, seq)
                 commit.order.append((part, len(part.values)))
                 part.add(record.value, record.key, record.headers, seq)
                 producer.highest = commit.last_seq = seq
@@ -1030,7 +755,7 @@ class Session:
         commit.token = token
         commit.records = len(commit.order)
         commit.bytes = size
-        commit.waiter = waiter if not duplicates else _Prefixed(duplicates, waiter)
+        commit.waiter = waiter if not duplicates else Prefixed(duplicates, waiter)
         producer.duplicates += len(duplicates)
         commit.deadline = deadline
         self._wake(deadline)
@@ -1040,10 +765,6 @@ class Session:
             self._open(now, producer, None, inf, 0)
         self._dirty[producer] = None
         return commit.last_seq
-
-    def _check_alive(self, producer: Producer) -> None:
-        if producer.error is not None:
-            raise producer.error
 
     def _next_seq(self, producer: Producer, seq: int | None) -> int | None:
         """The record's number, or None when this number was enqueued or stored before (C8)."""
@@ -1078,20 +799,19 @@ class Session:
                 if waiter is None:
                     return
                 for part in commit.parts.values():
-                    numbers = part.seqs if part.seqs is not None else range(part.first_seq, part.last_seq + 1)
-                    if seq in numbers:
+                    if seq in part.numbers:
                         if part.waiters is None:
                             part.waiters = [None] * len(part.values)
                             part.deadlines = [inf] * len(part.values)
-                        index = numbers.index(seq)
-                        part.waiters[index] = _Joined(part.waiters[index], waiter)
+                        index = part.numbers.index(seq)
+                        part.waiters[index] = Joined(part.waiters[index], waiter)
                         part.deadlines[index] = min(part.deadlines[index], deadline)
                         commit.deadline = min(commit.deadline, deadline)
                         self._wake(deadline)
                         return
                 for position, one in enumerate(commit.unresolved):
                     if one.seq == seq:
-                        both, deadline = _Joined(one.waiter, waiter), min(one.deadline, deadline)
+                        both, deadline = Joined(one.waiter, waiter), min(one.deadline, deadline)
                         commit.unresolved[position] = one._replace(waiter=both, deadline=deadline)
                         commit.deadline = min(commit.deadline, deadline)
                         self._wake(deadline)
@@ -1099,7 +819,7 @@ class Session:
                 break
         self._complete(waiter, Receipt(topic, record.partition or 0, None, seq, None, True))
 
-    def _tail(self, now: float, producer: Producer, topic: str, size: int) -> _Commit:
+    def _tail(self, now: float, producer: Producer, topic: str, size: int) -> QueuedCommit:
         """The open commit that takes the next record of this topic."""
         if producer.queue:
             tail = producer.queue[-1]
@@ -1109,7 +829,7 @@ class Session:
         if not producer.opened and producer.opening is None:
             self._open(now, producer, None, inf, 0)
         producer.places += 1
-        commit = _Commit(producer.places, topic, transaction=False)
+        commit = QueuedCommit(producer.places, topic, transaction=False)
         if producer.linger_s:
             commit.linger_until = now + producer.linger_s
             self._wake(commit.linger_until)
@@ -1118,11 +838,7 @@ class Session:
         producer.queue.append(commit)
         return commit
 
-    def _close_tail(self, producer: Producer) -> None:
-        if producer.queue:
-            producer.queue[-1].open = False
-
-    def _partition(self, producer: Producer, commit: _Commit, topic: Topic, record: Record) -> int:
+    def _partition(self, producer: Producer, topic: Topic, record: Record) -> int:
         _check_partition(topic, record)
         if record.partition is not None:
             return record.partition
@@ -1135,14 +851,7 @@ class Session:
             sticky = producer.sticky[topic.name] = self._rng.randrange(topic.partitions)
         return sticky % topic.partitions
 
-    def _part(self, commit: _Commit, topic: Topic, partition: int, seq: int) -> _Part:
-        key = (topic.topic_id, partition)
-        part = commit.parts.get(key)
-        if part is None:
-            part = commit.parts[key] = _Part(topic, partition, seq)
-        return part
-
-    def _resolve(self, producer: Producer, commit: _Commit, topic: Topic) -> None:
+    def _resolve(self, producer: Producer, commit: QueuedCommit, topic: Topic) -> None:
         """The topic is known now: give the commit's records their partitions."""
         if producer.given:
             try:
@@ -1154,17 +863,17 @@ class Session:
         unresolved, commit.unresolved = commit.unresolved, []
         for record, seq, waiter, deadline, tally in unresolved:
             try:
-                index = self._partition(producer, commit, topic, record)
+                index = self._partition(producer, topic, record)
             except InvalidRequest as error:  # its number stays a gap, which is free (C1)
                 commit.records -= 1
                 if tally is not None and not tally.abandoned:
                     commit.tallies[tally] -= 1
                     tally.error = tally.error or error
-                elif not _is_waited(waiter):
+                elif not is_waited(waiter):
                     producer.unreported.append(error)
                 self._tell(waiter, error)
                 continue
-            part = self._part(commit, topic, index, seq)
+            part = commit.part(topic, index, seq)
             part.add(record.value, record.key, record.headers, seq, waiter, deadline)
         if not commit.records:
             self._pop(producer, commit)
@@ -1187,7 +896,7 @@ class Session:
                 self._wake(commit.linger_until)
                 return
             if not commit.frozen:
-                self._freeze(producer, commit)
+                producer.freeze(commit)
             assert commit.prev_seq is not None
             request = wire.Commit(
                 producer.id,
@@ -1202,22 +911,7 @@ class Session:
             commit.sent = commit.ever_sent = True
             producer.sent += 1
 
-    def _freeze(self, producer: Producer, commit: _Commit) -> None:
-        """C1: the cut, the bytes and the numbers never change from here on. C2: what it follows."""
-        commit.open = False
-        index = producer.sent
-        if not producer.dedup:
-            commit.prev_seq = -1
-        elif index:
-            commit.prev_seq = max(producer.queue[index - 1].last_seq, producer.last_seq)
-        else:
-            commit.prev_seq = producer.last_seq
-        for part in commit.parts.values():
-            batch = part.batch(producer.id, producer.codec)
-            commit.appends.append(wire.Append(part.topic.topic_id, part.partition, len(batch)))
-            commit.payload.append(batch)
-
-    def _committed(self, now: float, producer: Producer, commit: _Commit, answer: Any) -> None:
+    def _committed(self, now: float, producer: Producer, commit: QueuedCommit, answer: Any) -> None:
         """An answer to a commit of this connection."""
         if producer.error is not None:
             return
@@ -1238,7 +932,7 @@ class Session:
         self._dirty[producer] = None
 
     def _stored(
-        self, producer: Producer, commit: _Commit, duplicate: bool, positions: Sequence[wire.Position] | None
+        self, producer: Producer, commit: QueuedCommit, duplicate: bool, positions: Sequence[wire.Position] | None
     ) -> None:
         if duplicate:
             producer.duplicates += commit.records
@@ -1266,16 +960,16 @@ class Session:
 
     def _tell(self, waiter: Waiter, value: Any) -> None:
         """Complete a waiter, or those it stands for."""
-        if type(waiter) is _Joined:
+        if type(waiter) is Joined:
             self._tell(waiter.first, value)
             again = value._replace(duplicate=True) if isinstance(value, Receipt) else value
             self._tell(waiter.second, again)
-        elif type(waiter) is _Prefixed:
+        elif type(waiter) is Prefixed:
             self._tell(waiter.waiter, value if isinstance(value, IdemqError) else waiter.duplicates + value)
         else:
             self._complete(waiter, value)
 
-    def _pop(self, producer: Producer, commit: _Commit) -> None:
+    def _pop(self, producer: Producer, commit: QueuedCommit) -> None:
         """A commit is decided: it leaves the queue, and whoever waited for that may go on."""
         if producer.queue and producer.queue[0] is commit:
             producer.queue.popleft()
@@ -1291,11 +985,7 @@ class Session:
                 producer.tallies.remove(tally)
                 self._complete(tally.waiter, tally)
         while producer.barriers and (not producer.queue or producer.queue[0].place > producer.barriers[0].last):
-            self._complete(producer.barriers.pop(0).waiter, self._report(producer))
-
-    def _report(self, producer: Producer) -> IdemqError | None:
-        unreported, producer.unreported = producer.unreported, []
-        return unreported[0] if unreported else None
+            self._complete(producer.barriers.pop(0).waiter, producer.report())
 
     def _act_on_refusal(self, now: float, producer: Producer) -> None:
         """C4: every answer of this connection is here. The first refusal that is no gap is the reason of all."""
@@ -1327,7 +1017,7 @@ class Session:
                     self._topics.pop(part.topic.name, None)
             self._fail_definitely(now, producer, head, from_refusal(refusal))
 
-    def _fail_definitely(self, now: float, producer: Producer, head: _Commit, error: IdemqError) -> None:
+    def _fail_definitely(self, now: float, producer: Producer, head: QueuedCommit, error: IdemqError) -> None:
         """C4: the head is not stored, now or later. What follows it?"""
         queue = list(producer.queue)
         behind = queue[queue.index(head) + 1 :]
@@ -1360,16 +1050,16 @@ class Session:
                 self._fail(producer, commit, error)
         self._end_producer(now, producer, error, unknown=True)
 
-    def _fail(self, producer: Producer, commit: _Commit, error: IdemqError) -> None:
+    def _fail(self, producer: Producer, commit: QueuedCommit, error: IdemqError) -> None:
         """Tell whoever waits for a commit that it failed; what nobody waits for is kept for flush and close."""
         told = 0
         if commit.transaction:
-            told += max(commit.records, 1) if _is_waited(commit.waiter) else 0
+            told += max(commit.records, 1) if is_waited(commit.waiter) else 0
             self._tell(commit.waiter, error)
         waiters = [waiter for part in commit.parts.values() for waiter in part.waiters or ()]
         for waiter in [*waiters, *[one.waiter for one in commit.unresolved]]:
             if waiter is not None:
-                told += _is_waited(waiter)
+                told += is_waited(waiter)
                 self._tell(waiter, error)
         for tally, count in commit.tallies.items():
             if not tally.abandoned:
@@ -1412,7 +1102,7 @@ class Session:
             waiting = sum(commit.records for commit in producer.queue)
             self._complete(one.waiter, self._unknown(f"{waiting} messages are not answered yet", producer.highest))
 
-    def _time_out(self, now: float, commit: _Commit) -> None:
+    def _time_out(self, now: float, commit: QueuedCommit) -> None:
         """C7: the waits that are due end, the commit stays where it is."""
         left = inf
         if commit.transaction:
@@ -1422,8 +1112,7 @@ class Session:
                 if part.deadlines[index] > now:
                     left = min(left, part.deadlines[index])
                 elif waiter is not None and part.waiters is not None:
-                    seq = part.first_seq + index if part.seqs is None else part.seqs[index]
-                    part.waiters[index] = self._detach(waiter, seq)
+                    part.waiters[index] = self._detach(waiter, part.seq(index))
                     part.deadlines[index] = inf
         for index, one in enumerate(commit.unresolved):
             if one.deadline > now:
@@ -1436,66 +1125,26 @@ class Session:
     def _detach(self, waiter: Waiter, seq: int) -> Waiter:
         if waiter is None or type(waiter) is Pending:
             return waiter
-        if type(waiter) is _Prefixed:
+        if type(waiter) is Prefixed:
             return waiter._replace(waiter=self._detach(waiter.waiter, seq))
-        if type(waiter) is _Joined:
-            return _Joined(self._detach(waiter.first, seq), self._detach(waiter.second, seq))
+        if type(waiter) is Joined:
+            return Joined(self._detach(waiter.first, seq), self._detach(waiter.second, seq))
         pending = Pending()
         error = self._unknown("the answer did not come in time", seq)
         error.pending = pending
         self._tell(waiter, error)
         return pending
 
-    def _unknown(self, text: str, seq: int) -> _Unknown:
+    def _unknown(self, text: str, seq: int) -> StillUnknown:
         reason = f" ({self._last_failure})" if self._last_failure else ""
-        return _Unknown(text + reason, seq=seq)
-
-
-class _Unknown(OutcomeUnknown):
-    """An OutcomeUnknown the session still works on; the shell gives it its `outcome()`."""
-
-    pending: Pending | None = None
-
-
-class _Joined(NamedTuple):
-    """Two waiters for one record: the second gave a number that was already in line."""
-
-    first: Waiter
-    second: Waiter
-
-
-class _Prefixed(NamedTuple):
-    """A transaction's waiter, and the receipts of its records that were stored before."""
-
-    duplicates: list[Receipt]
-    waiter: Waiter
-
-
-def _without(held: Waiter, gone: Waiter) -> Waiter:
-    """`held`, with a Pending in the place of one that waits no more."""
-    if held is gone:
-        return Pending()
-    if type(held) is _Joined:
-        return _Joined(_without(held.first, gone), _without(held.second, gone))
-    if type(held) is _Prefixed:
-        return held._replace(waiter=_without(held.waiter, gone))
-    return held
-
-
-def _is_waited(waiter: Waiter) -> bool:
-    """Will somebody hear what this waiter is told?"""
-    if type(waiter) is _Joined:
-        return _is_waited(waiter.first) or _is_waited(waiter.second)
-    if type(waiter) is _Prefixed:
-        return _is_waited(waiter.waiter)
-    return waiter is not None and type(waiter) is not Pending
+        return StillUnknown(text + reason, seq=seq)
 
 
 def _is_answer(entry: Any, message: Any) -> bool:
     """Is this what the request asks for, or a refusal?"""
     if type(message) is Failed:
         return True
-    if type(entry) is _Commit:
+    if type(entry) is QueuedCommit:
         return type(message) is wire.Committed and (
             message.positions is None or len(message.positions) == len(entry.appends)
         )

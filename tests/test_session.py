@@ -58,9 +58,10 @@ from idemq import (
 )
 from idemq.client import session as core
 from idemq.client import wire
+from idemq.client.pipeline import Producer, StillUnknown, Tally, Topic
 from idemq.client.wire import Code, Committed, Failed, Position
 
-TOPIC = core.Topic("t", 7, 1)
+TOPIC = Topic("t", 7, 1)
 
 
 class Script:
@@ -145,11 +146,11 @@ class Script:
         """(prev_seq, last_seq) of the commits that are not answered."""
         return [(commit.prev_seq, commit.last_seq) for commit in self.commits]
 
-    def producer(self, last_seq: int = -1, *, opened: bool = True, **options: Any) -> core.Producer:
+    def producer(self, last_seq: int = -1, *, opened: bool = True, **options: Any) -> Producer:
         """One whose batches hold a single record, so that every send is a commit of its own."""
         settings: dict[str, Any] = {"dedup": True, "linger_s": 0.0, "batch_bytes": 1, "in_flight": 16, "codec": 0}
         settings |= {"anonymous": False, "buffer_bytes": 1 << 20}
-        producer = core.Producer("name", **(settings | options))
+        producer = Producer("name", **(settings | options))
         self.session.add(producer)
         if opened and producer.dedup:
             self.session.open(self.now, producer, "open", inf)
@@ -158,9 +159,7 @@ class Script:
             assert self.told.pop("open") is producer
         return producer
 
-    def send(
-        self, producer: core.Producer, waiter: str, *, topic: str = "t", timeout: float = inf, **record: Any
-    ) -> int:
+    def send(self, producer: Producer, waiter: str, *, topic: str = "t", timeout: float = inf, **record: Any) -> int:
         """Enqueue one record and pump."""
         value = Record(waiter.encode(), **record)
         seq = self.session.enqueue(self.now, producer, topic, value, waiter, self.now + timeout)
@@ -169,7 +168,7 @@ class Script:
 
     def transact(
         self,
-        producer: core.Producer,
+        producer: Producer,
         waiter: str,
         *values: bytes,
         token: bytes | None = None,
@@ -182,12 +181,12 @@ class Script:
         self.pump()
         return seq
 
-    def flush(self, producer: core.Producer, waiter: str, timeout: float = inf) -> None:
+    def flush(self, producer: Producer, waiter: str, timeout: float = inf) -> None:
         self.session.flush(self.now, producer, waiter, timeout)
         self.pump()
 
-    def many(self, producer: core.Producer, *values: bytes | Record, topic: str = "t") -> core.Tally:
-        tally = core.Tally()
+    def many(self, producer: Producer, *values: bytes | Record, topic: str = "t") -> Tally:
+        tally = Tally()
         assert self.session.enqueue_many(self.now, producer, topic, list(values), tally) == len(values)
         self.pump()
         return tally
@@ -201,13 +200,13 @@ def refused(code: Code, **details: Any) -> Failed:
     return Failed(code, f"the script says {code}", details)
 
 
-def ready(last_seq: int = -1, **options: Any) -> tuple[Script, core.Producer]:
+def ready(last_seq: int = -1, **options: Any) -> tuple[Script, Producer]:
     script = Script()
     script.connect()
     return script, script.producer(last_seq, **options)
 
 
-def sent(count: int, given: bool = False, **options: Any) -> tuple[Script, core.Producer]:
+def sent(count: int, given: bool = False, **options: Any) -> tuple[Script, Producer]:
     """A producer with `count` commits in flight, for waiters "0", "1", …"""
     script, producer = ready(**options)
     for n in range(count):
@@ -399,7 +398,7 @@ def test_refused_for_ever_keeps_its_place() -> None:
         script.answer(refused(Code.SEQUENCE_GAP))
         script.sleep(script.session.config.retry_s_max)
         assert script.links == [(-1, 0), (0, 1)], "nothing jumps the queue"
-    assert [(type(error).__name__, error.seq) for error in script.told.values()] == [("_Unknown", 0), ("_Unknown", 1)]
+    assert [(type(error), error.seq) for error in script.told.values()] == [(StillUnknown, 0), (StillUnknown, 1)]
     assert "the script says STORE_FULL" in str(script.told["0"]), "and it says why"
 
 
@@ -1223,7 +1222,7 @@ def test_a_forgotten_call_is_not_repeated() -> None:
 
 def test_plain_values_share_a_batch_and_a_full_one_is_closed() -> None:
     script, producer = ready(batch_bytes=100)
-    tally = core.Tally()
+    tally = Tally()
     for _ in range(3):
         assert script.session.enqueue_many(script.now, producer, "t", [b"4444", b"4444"], tally) == 2
     script.pump()
@@ -1235,7 +1234,7 @@ def test_plain_values_share_a_batch_and_a_full_one_is_closed() -> None:
 
 def test_one_large_record_is_a_batch_of_its_own() -> None:
     script, producer = ready(batch_bytes=100)
-    tally = core.Tally()
+    tally = Tally()
     script.session.enqueue_many(script.now, producer, "t", [b"4", b"x" * 500, b"4"], tally)
     script.pump()
     assert script.links == [(-1, 0), (0, 1), (1, 2)]
@@ -1309,7 +1308,7 @@ def test_room_is_offered_to_one_at_a_time_and_never_lost() -> None:
 
 def test_enqueue_many_takes_what_there_is_room_for() -> None:
     script, producer = ready(buffer_bytes=100, batch_bytes=30)
-    tally = core.Tally()
+    tally = Tally()
     chunk: list[bytes | Record] = [Record(b"x" * 10) for _ in range(10)]
     taken = script.session.enqueue_many(script.now, producer, "t", chunk, tally)
     assert taken == 4

@@ -16,7 +16,7 @@ from idemq.broker.groups import OffsetKey
 from idemq.client import records, wire
 from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
 from idemq.client.records import Record
-from idemq.client.session import Producer, Tally
+from idemq.client.pipeline import Producer, Tally
 
 from .oracle import Ask, Source, Transaction, Violation
 

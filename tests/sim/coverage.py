@@ -9,7 +9,8 @@ from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply,
 from idemq.broker.groups import OffsetKey
 from idemq.client import wire
 from idemq.client.errors import OutcomeUnknown, StoreReplaced
-from idemq.client.session import Pending, Session
+from idemq.client.pipeline import Pending
+from idemq.client.session import Session
 from idemq.client.wire import Code, Failed
 
 from .world import FAULT_KINDS, World

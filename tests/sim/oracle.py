@@ -17,7 +17,8 @@ from idemq.broker.producers import ProducerRow
 from idemq.client import wire
 from idemq.client.errors import IdemqError, LeaseLost, OutcomeUnknown
 from idemq.client.records import Receipt
-from idemq.client.session import Producer, Session
+from idemq.client.pipeline import Producer
+from idemq.client.session import Session
 
 HEADER_BYTES = wire.BATCH_HEADER.size
 LogKey = tuple[int, int]
