@@ -125,7 +125,7 @@ class Connection:
             if not (actions.cut or actions.dial or actions.frames or actions.completions):
                 break
             self._perform(now, actions)
-        self._set_timer(now)
+        self._set_timer()
 
     def lost(self, reason: str) -> None:
         """The transport is gone."""
@@ -190,7 +190,7 @@ class Connection:
             else:
                 waiter.set_result(value)
 
-    def _set_timer(self, now: float) -> None:
+    def _set_timer(self) -> None:
         at = self.session.wake_at
         if at == inf or (self._timer is not None and self._timer_at <= at):
             return

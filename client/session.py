@@ -161,7 +161,7 @@ class Session:
         """Want a connection from now on."""
         if self.state == "idle" and self.error is None and self._dial_at == inf:
             self._dial_at = now
-            self._dial_now(now)
+            self._dial_now()
 
     def connected(self, now: float) -> None:
         """The dial succeeded: greet."""
@@ -198,7 +198,7 @@ class Session:
         outstanding = self._outstanding.pop(correlation, None)
         if outstanding is None:
             if correlation == 0 and type(message) is Failed:  # the broker could not even read what we sent
-                self._refused_greeting(now, message) if self.state == "greeting" else self._cut_now()
+                self._refused_greeting(message) if self.state == "greeting" else self._cut_now()
             return
         _, entry, producer = outstanding
         if not _is_answer(entry, message):
@@ -213,7 +213,7 @@ class Session:
     def protocol_broken(self, now: float, reason: str) -> None:
         """The other side sent what this protocol does not allow: trust nothing more on this connection."""
         if self.state == "greeting" and not self.incarnation:
-            self._end(now, ProtocolMismatch(f"the other side is no idemq broker of this version: {reason}"))
+            self._end(ProtocolMismatch(f"the other side is no idemq broker of this version: {reason}"))
         else:
             self._cut_now()
 
@@ -221,7 +221,7 @@ class Session:
         """The time has come: retries, deadlines, lingering, dials. Sets `wake_at`."""
         self.wake_at = inf
         if self.state == "idle" and self._dial_at <= now and self.error is None:
-            self._dial_now(now)
+            self._dial_now()
         elif self.state == "idle":
             self._wake(self._dial_at)
         if self._outstanding:
@@ -242,7 +242,7 @@ class Session:
 
     def close(self, now: float) -> None:
         """The end: every connection is given up, whoever still waits is told."""
-        self._end(now, ClientClosed("the client was closed"))
+        self._end(ClientClosed("the client was closed"))
         self.state = "closed"
 
     # ---------------------------------------------------------------------------------------------- plain calls
@@ -294,7 +294,7 @@ class Session:
                 wire.Metadata([name]),
                 None,
                 deadline,
-                lambda answer: self._complete(waiter, self._learn(now, name, answer)),
+                lambda answer: self._complete(waiter, self._learn(name, answer)),
             )
         elif name not in self._looked_up:
             call = self.call(
@@ -302,12 +302,12 @@ class Session:
                 wire.Metadata([name]),
                 None,
                 inf,
-                lambda answer: self._looked(now, name, self._learn(now, name, answer)),
+                lambda answer: self._looked(name, self._learn(name, answer)),
             )
             if call is not None:
                 self._looked_up[name] = call
 
-    def _learn(self, now: float, name: str, answer: Any) -> Topic | IdemqError:
+    def _learn(self, name: str, answer: Any) -> Topic | IdemqError:
         if type(answer) is Failed:
             return from_refusal(answer)
         if isinstance(answer, IdemqError):
@@ -320,14 +320,14 @@ class Session:
         self._topics.pop(name, None)
         return UnknownTopic(f"there is no topic {name!r}")
 
-    def _looked(self, now: float, name: str, found: Topic | IdemqError) -> None:
+    def _looked(self, name: str, found: Topic | IdemqError) -> None:
         self._looked_up.pop(name, None)
         for producer in self.producers:
             for commit in [commit for commit in producer.queue if commit.unresolved and commit.topic == name]:
                 if isinstance(found, Topic):
                     self._resolve(producer, commit, found)
                 elif commit in producer.queue:
-                    self._fail_definitely(self._heard_at, producer, commit, found)
+                    self._fail_definitely(producer, commit, found)
             self._dirty[producer] = None
 
     def _send_call(self, now: float, call: _Call) -> None:
@@ -342,7 +342,7 @@ class Session:
         if type(answer) is Failed and answer.code == Code.CHECKSUM_MISMATCH:
             self._cut_now()
             return
-        if type(answer) is Failed and answer.code in Code.__members__ and wire.REMEDIES[Code(answer.code)].retriable:
+        if type(answer) is Failed and _is_retriable(answer):
             call.failures += 1
             call.retry_at = now + self._pause(call.failures)
             self._wake(call.retry_at)
@@ -380,18 +380,18 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------- the connection
 
-    def _dial_now(self, now: float) -> None:
+    def _dial_now(self) -> None:
         self.state = "dialling"
         self._dial_at = inf
         self._dial = True
 
     def _welcomed(self, now: float, message: Any) -> None:
         if type(message) is Failed:
-            self._refused_greeting(now, message)
+            self._refused_greeting(message)
             return
         # Rule 17, before anything is sent: another store, or this one gone back in time, knows nothing of our numbers.
         if self.incarnation and (message.incarnation != self.incarnation or message.txn_id < self._txn_id):
-            self._end(now, StoreReplaced("the broker runs on another store than this client spoke to before"))
+            self._end(StoreReplaced("the broker runs on another store than this client spoke to before"))
             return
         if self.incarnation:
             self.reconnects += 1
@@ -406,12 +406,12 @@ class Session:
         for producer in self.producers:
             self._dirty[producer] = None
 
-    def _refused_greeting(self, now: float, message: Failed) -> None:
-        if message.code in Code.__members__ and wire.REMEDIES[Code(message.code)].retriable:
+    def _refused_greeting(self, message: Failed) -> None:
+        if _is_retriable(message):
             self._cut_now()
             self._last_failure = message.text
         else:
-            self._end(now, from_refusal(message))
+            self._end(from_refusal(message))
 
     def _cut_now(self) -> None:
         """Give the connection up; the shell reports `disconnected` when it is closed."""
@@ -419,7 +419,7 @@ class Session:
         self._cut = True
         self._outstanding.clear()
 
-    def _end(self, now: float, error: IdemqError) -> None:
+    def _end(self, error: IdemqError) -> None:
         """No connection will be made again: tell whoever waits."""
         if self.error is not None:
             return
@@ -432,7 +432,7 @@ class Session:
             else:
                 self._complete(call.waiter, error)
         for producer in list(self.producers):
-            self._end_producer(now, producer, error)
+            self._end_producer(producer, error)
 
     def _send(
         self, now: float, request: Any, payload: Sequence[bytes], entry: Any, producer: Any, wait_s: float = 0.0
@@ -474,7 +474,7 @@ class Session:
     def remove(self, now: float, producer: Producer) -> list[IdemqError]:
         """Give a producer up (C7). Returns what was never reported: failures, and what is now unknown."""
         if producer in self.producers:
-            self._end_producer(now, producer, ClientClosed("the producer was closed"))
+            self._end_producer(producer, ClientClosed("the producer was closed"))
             self.producers.remove(producer)
         unreported, producer.unreported = producer.unreported, []
         return unreported
@@ -508,7 +508,7 @@ class Session:
             else:
                 error = from_refusal(answer) if type(answer) is Failed else answer
                 if not isinstance(error, (ConnectionLost, OutcomeUnknown)):
-                    self._end_producer(self._heard_at, producer, error)
+                    self._end_producer(producer, error)
                 self._complete(waiter, error)
 
         producer.opening = self.call(now, request, None, deadline, answered)
@@ -858,7 +858,7 @@ class Session:
                 for one in commit.unresolved:
                     _check_partition(topic, one.record)
             except InvalidRequest as error:  # its number means a position, which may not be skipped (C4)
-                self._fail_definitely(self._heard_at, producer, commit, error)
+                self._fail_definitely(producer, commit, error)
                 return
         unresolved, commit.unresolved = commit.unresolved, []
         for record, seq, waiter, deadline, tally in unresolved:
@@ -1004,20 +1004,20 @@ class Session:
             producer.retry_at = now + self._pause(producer.failures)
             self._wake(producer.retry_at)
         elif code == Code.PRODUCER_FENCED:
-            self._fenced(now, producer, refusal)
+            self._fenced(producer, refusal)
         elif code in (Code.UNKNOWN_PRODUCER, Code.STORE_REPLACED, Code.SEQUENCE_GAP, Code.SEQUENCE_CONFLICT):
             error = from_refusal(refusal)
             if code in (Code.SEQUENCE_CONFLICT, Code.SEQUENCE_GAP):
                 # Refused here, so not stored now or later (C5): the numbers no longer fit together.
                 self._fail(producer, head, error)
-            self._end_producer(now, producer, error, unknown=code != Code.SEQUENCE_GAP)
+            self._end_producer(producer, error, unknown=code != Code.SEQUENCE_GAP)
         else:
             if code == Code.UNKNOWN_TOPIC:
                 for part in head.parts.values():
                     self._topics.pop(part.topic.name, None)
-            self._fail_definitely(now, producer, head, from_refusal(refusal))
+            self._fail_definitely(producer, head, from_refusal(refusal))
 
-    def _fail_definitely(self, now: float, producer: Producer, head: QueuedCommit, error: IdemqError) -> None:
+    def _fail_definitely(self, producer: Producer, head: QueuedCommit, error: IdemqError) -> None:
         """C4: the head is not stored, now or later. What follows it?"""
         queue = list(producer.queue)
         behind = queue[queue.index(head) + 1 :]
@@ -1038,7 +1038,7 @@ class Session:
                 error = OutcomeUnknown(f"sent again and refused ({error.code}); without dedup it may be stored before")
             self._fail(producer, head, error)
 
-    def _fenced(self, now: float, producer: Producer, refusal: Failed) -> None:
+    def _fenced(self, producer: Producer, refusal: Failed) -> None:
         """C6: what is stored of the queue is known from where this epoch ended. C10: the producer ends."""
         error = from_refusal(refusal)
         assert isinstance(error, ProducerFenced)
@@ -1048,7 +1048,7 @@ class Session:
                 self._stored(producer, commit, True, None)
             elif isinstance(ended_at, int) or not commit.ever_sent:
                 self._fail(producer, commit, error)
-        self._end_producer(now, producer, error, unknown=True)
+        self._end_producer(producer, error, unknown=True)
 
     def _fail(self, producer: Producer, commit: QueuedCommit, error: IdemqError) -> None:
         """Tell whoever waits for a commit that it failed; what nobody waits for is kept for flush and close."""
@@ -1069,7 +1069,7 @@ class Session:
             producer.unreported.append(error)
         self._pop(producer, commit)
 
-    def _end_producer(self, now: float, producer: Producer, error: IdemqError, *, unknown: bool = True) -> None:
+    def _end_producer(self, producer: Producer, error: IdemqError, *, unknown: bool = True) -> None:
         """A producer ends. What was ever sent and is not decided is unknown; the rest is not stored."""
         if producer.error is not None:
             return
@@ -1138,6 +1138,11 @@ class Session:
     def _unknown(self, text: str, seq: int) -> StillUnknown:
         reason = f" ({self._last_failure})" if self._last_failure else ""
         return StillUnknown(text + reason, seq=seq)
+
+
+def _is_retriable(failed: Failed) -> bool:
+    """May the same request succeed later? A code that is not known here says nothing of the kind."""
+    return failed.code in Code.__members__ and wire.REMEDIES[Code(failed.code)].retriable
 
 
 def _is_answer(entry: Any, message: Any) -> bool:

@@ -173,7 +173,7 @@ class WatchedSession(Session):
         COUNTS["session: a retriable refusal with a tail"] += code in (Code.STORE_FULL, Code.BUSY) and len(sent) > 1
         super()._act_on_refusal(now, producer)
 
-    def _fail_definitely(self, now: float, producer: Any, head: Any, error: Any) -> None:
+    def _fail_definitely(self, producer: Any, head: Any, error: Any) -> None:
         behind = list(producer.queue)[producer.queue.index(head) + 1 :]
         if head.transaction:
             what = "a transaction"
@@ -182,9 +182,9 @@ class WatchedSession(Session):
         tail = "" if not behind else ", the tail was sent" if behind[0].frozen else ", the tail was not sent"
         COUNTS[f"session: a definite refusal of {what}{tail}"] += 1
         COUNTS["session: in doubt without dedup"] += head.in_doubt
-        super()._fail_definitely(now, producer, head, error)
+        super()._fail_definitely(producer, head, error)
 
-    def _fenced(self, now: float, producer: Any, refusal: Failed) -> None:
+    def _fenced(self, producer: Any, refusal: Failed) -> None:
         ended_at = refusal.details.get("ended_at")
         for commit in producer.queue:
             if not commit.ever_sent:
@@ -194,14 +194,14 @@ class WatchedSession(Session):
             else:
                 what = "stored" if commit.last_seq <= ended_at else "not stored"
             COUNTS[f"session: fenced, {what}"] += 1
-        super()._fenced(now, producer, refusal)
+        super()._fenced(producer, refusal)
 
-    def _end_producer(self, now: float, producer: Any, error: Any, *, unknown: bool = True) -> None:
+    def _end_producer(self, producer: Any, error: Any, *, unknown: bool = True) -> None:
         if producer.error is None:
             for commit in producer.queue:
                 what = "unknown" if commit.ever_sent and unknown else "not stored"
                 COUNTS[f"session: {what} when its producer ends ({error.code})"] += 1
-        super()._end_producer(now, producer, error, unknown=unknown)
+        super()._end_producer(producer, error, unknown=unknown)
 
     def _join(self, producer: Any, topic: str, record: Any, waiter: Any, *rest: Any) -> None:
         told = len(self._completions)
