@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import NoReturn, overload
+from typing import Any, NoReturn, overload
 
 from . import records
 from .engine import Engine, FetchedPart, TopicInfo
@@ -246,6 +246,26 @@ class Subscription:
     async def commit(self, what: object = None, *, wait: bool = True) -> NoReturn:
         """Move the group's position: needs a group."""
         raise Unsupported("a subscription without a group has nothing to commit, and groups are not offered yet")
+
+    async def run(self, handler: Callable[..., Any], *, concurrency: int = 1) -> NoReturn:
+        """Handle every message, at least once: needs a group."""
+        raise Unsupported("run() needs a group, and groups are not offered yet: loop over the subscription")
+
+    async def process(self, handler: Callable[..., Any], *, max_messages: int = 500) -> NoReturn:
+        """Handle every message and store what comes of it, in one transaction: needs a group."""
+        raise Unsupported("process() needs a group, and groups are not offered yet: loop over batches()")
+
+    async def reject(self, message: Message, *, reason: str = "") -> NoReturn:
+        """Set a message aside for the group: needs a group."""
+        raise Unsupported("reject() needs a group, and groups are not offered yet")
+
+    async def pause(self, topic: str, partition: int) -> NoReturn:
+        """Stop reading a partition for a while: comes with groups."""
+        raise Unsupported("pause() comes with groups, which are not offered yet")
+
+    async def resume(self, topic: str, partition: int) -> NoReturn:
+        """Go on reading a partition: comes with groups."""
+        raise Unsupported("resume() comes with groups, which are not offered yet")
 
     async def __aenter__(self) -> Subscription:
         await self.open()

@@ -265,6 +265,11 @@ class Subscription(_Facade[consumer.Subscription]):
     seek = _blocking(consumer.Subscription.seek)
     stop = _quick(consumer.Subscription.stop)
     commit = _blocking(consumer.Subscription.commit)
+    run = _blocking(consumer.Subscription.run)
+    process = _blocking(consumer.Subscription.process)
+    reject = _blocking(consumer.Subscription.reject)
+    pause = _blocking(consumer.Subscription.pause)
+    resume = _blocking(consumer.Subscription.resume)
 
     @property
     def assigned(self) -> list[tuple[str, int]]:

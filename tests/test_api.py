@@ -44,7 +44,7 @@ MEMBERS = {
     "seek_group delete_group producers describe_producer delete_producer ping close",
     "Producer": "name id epoch last_seq token send send_many flush transaction close",
     "Transaction": "send commit_offsets set_token",
-    "Subscription": "batches commit stop seek assigned lag close",
+    "Subscription": "batches commit run process reject pause resume stop seek assigned lag close",
     "Message": "topic partition offset key value headers timestamp attempt lease uid",
 }
 

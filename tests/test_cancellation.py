@@ -192,6 +192,11 @@ with_subscription("Subscription.seek", lambda sub, topic: sub.seek(topic, 0, 1))
 with_subscription("Subscription.batches", lambda sub, topic: first(sub.batches(max_wait=0.001)))
 with_subscription("Subscription.__aiter__", lambda sub, topic: first(aiter(sub)))
 with_subscription("Subscription.commit", lambda sub, topic: sub.commit())
+with_subscription("Subscription.run", lambda sub, topic: sub.run(print))
+with_subscription("Subscription.process", lambda sub, topic: sub.process(print))
+with_subscription("Subscription.reject", lambda sub, topic: sub.reject(None))
+with_subscription("Subscription.pause", lambda sub, topic: sub.pause(topic, 0))
+with_subscription("Subscription.resume", lambda sub, topic: sub.resume(topic, 0))
 with_subscription("Subscription.close", lambda sub, topic: sub.close(), opened=True)
 with_subscription("Subscription.__aexit__", lambda sub, topic: sub.__aexit__(*NOTHING), opened=True)
 
@@ -304,6 +309,11 @@ UNSUPPORTED = (
     "Client.seek_group",
     "Client.delete_group",
     "Subscription.commit",
+    "Subscription.run",
+    "Subscription.process",
+    "Subscription.reject",
+    "Subscription.pause",
+    "Subscription.resume",
 )
 
 

@@ -226,6 +226,8 @@ async def test_groups_and_message_ids_come_later() -> None:
                 lambda: mq.send("t", b"", message_id="1"), lambda: p.send("t", b"", message_id="1"),
                 lambda: p.send_many("t", [Record(b"", message_id="1")]), lambda: tx.send("t", b"", message_id="1"),
                 lambda: p.transaction([]), lambda: tx.commit_offsets([]), sub.commit,
+                lambda: sub.run(print), lambda: sub.process(print), lambda: sub.reject(None),  # type: ignore[arg-type]
+                lambda: sub.pause("t", 0), lambda: sub.resume("t", 0),
                 lambda: mq.producer(compression="zstd"),
             ]  # fmt: skip
             for call in later:
