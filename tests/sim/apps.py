@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from idemq.broker.groups import OffsetKey
 from idemq.client import records, wire
 from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
-from idemq.client.records import Record
 from idemq.client.pipeline import Producer, Tally
+from idemq.client.records import Record
 
 from .oracle import Ask, Source, Transaction, Violation
 
@@ -701,23 +701,23 @@ def admin(world: World, process: Process) -> None:
         ask(wire.DeleteTopic(topic.topic_id))
         if rng.random() < 0.7:
             ask(wire.CreateTopic(topic.name, rng.choice((1, 2)), wire.Settings(), nonce=f"n{world.operations}"))
-    elif chance < 0.46 and topics:
+    elif chance < 0.54 and topics:
         topic = rng.choice(topics)
         ends = [world.store.partition(topic.topic_id, index) for index in range(len(topic.floors))]
         ask(wire.PurgeTopic(topic.topic_id, [rng.randint(0, end.next) if end else 0 for end in ends]))
-    elif chance < 0.54 and topics:
+    elif chance < 0.6 and topics:
         topic = rng.choice(topics)
         retention = wire.Settings(retention_ms=rng.choice((None, 3000)), retention_bytes=rng.choice((None, 400)))
         ask(wire.AlterTopic(topic.topic_id, rng.choice((1, 2, 3)), retention))
-    elif chance < 0.6:
+    elif chance < 0.66:
         rows = world.store.producers_from(0, 50)
         if rows:
             row = rng.choice(rows)
             ask(wire.DeleteProducer(row.producer_id, row.epoch - rng.choice((0, 0, 0, 1)) or 1))
-    elif chance < 0.7:
+    elif chance < 0.74:
         ask(wire.Metadata(None))
         ask(wire.Producers(None))
-    elif chance < 0.78 and topics:
+    elif chance < 0.8 and topics:
         ask(wire.OffsetAt(topics[0].topic_id, 0, int((world.wall_s + now) * 1000) - rng.randint(0, 3000)))
     else:
         ask(wire.Ping())

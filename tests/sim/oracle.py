@@ -16,8 +16,8 @@ from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.producers import ProducerRow
 from idemq.client import wire
 from idemq.client.errors import IdemqError, LeaseLost, OutcomeUnknown
-from idemq.client.records import Receipt
 from idemq.client.pipeline import Producer
+from idemq.client.records import Receipt
 from idemq.client.session import Session
 
 HEADER_BYTES = wire.BATCH_HEADER.size

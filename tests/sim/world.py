@@ -98,14 +98,14 @@ class World:
         """Faults by kind."""
         # What this seed is like.
         self.latency_s = rng.choice((0.001, 0.005, 0.03))
-        self.disk_s = rng.choice((0.001, 0.01, 0.06))
+        self.disk_s = rng.choice((0.002, 0.02, 0.1))
         self.fault_every_s = rng.choice((0.08, 0.15, 0.3))
         self.anonymous_idle_ms = rng.choice((5_000, 3600_000))
         self.group_bytes_max = rng.choice((1 << 20, 1 << 20, 25_000))
         self.fetches_max = rng.choice((1, 8))
         self.quota = rng.random() < 0.2
         self.may_restore = rng.random() < 0.15
-        self.batch_bytes = rng.choice((30, 60, 200))
+        self.batch_bytes = rng.choice((30, 100, 400))
         self.in_flight = rng.choice((1, 3, 8, 16))
         self.linger_s = rng.choice((0.0, 0.0, 0.02))
         self.timeout_s = rng.choice((1.0, 5.0, 30.0))
