@@ -10,7 +10,7 @@ from types import TracebackType
 from .engine import EngineProducer
 from .errors import ClientClosed, IdemqError, InvalidRequest, OutcomeUnknown, Unsupported
 from .pipeline import Tally
-from .records import Headers, Receipt, Record, SendSummary, check_record
+from .records import RECORD_BYTES, Headers, Receipt, Record, SendSummary, check_record
 from .transaction import Transaction
 
 CHUNK_RECORDS_MIN = 64
@@ -186,7 +186,7 @@ class Many:
         while chunk := list(islice(iterator, size)):
             yield chunk
             sample = [one if isinstance(one, bytes) else one.value for one in chunk[:CHUNK_RECORDS_MIN]]
-            mean = 16 + sum(map(len, sample)) / len(sample)
+            mean = RECORD_BYTES + sum(map(len, sample)) / len(sample)
             size = int(max(1, min(CHUNK_RECORDS_MAX, self._producer._engine.state.batch_bytes // mean)))
 
     async def enqueue(self, chunk: list[bytes | Record]) -> None:

@@ -24,6 +24,8 @@ Headers = Mapping[str, bytes]
 
 BODY_BYTES_MAX = 64 << 20
 """What a compressed body may grow to: four times what a commit holds."""
+RECORD_BYTES = 16
+"""What a record adds to a batch beside its value, key and headers, about."""
 _UID_PRODUCER = Struct(">QQ")
 _UID_LOG = Struct(">QIQ")
 

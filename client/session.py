@@ -54,6 +54,9 @@ from .pipeline import (
 from .records import Receipt, Record
 from .wire import Code, Failed, crc32
 
+TRANSACTION_BYTES_MAX = wire.COMMIT_BYTES_MAX - wire.APPENDS_MAX * 64
+"""What a transaction may hold: a commit's payload but for the fixed headers of its batches."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
@@ -602,7 +605,7 @@ class Session:
         Without a waiter it may belong to a `tally`. Raises (and enqueues nothing) when the record is wrong or the
         producer has ended.
         """
-        size = records.check_record(record.value, record.key, record.headers) + 16
+        size = records.check_record(record.value, record.key, record.headers) + records.RECORD_BYTES
         producer.check_alive()
         seq = self._next_seq(producer, record.seq)
         if seq is None:
@@ -669,7 +672,7 @@ class Session:
         """The fast way for plain values: one partition takes them all, and nobody waits for each."""
         producer.check_alive()
         self._next_seq(producer, None)
-        size = sum(map(len, values)) + 16 * len(values)
+        size = sum(map(len, values)) + records.RECORD_BYTES * len(values)
         known = self.topic(now, topic)
         if known is None:
             check_topic(topic)
@@ -716,10 +719,10 @@ class Session:
         producer.check_alive()
         size = len(token or b"")
         for topic, record in sends:
-            size += records.check_record(record.value, record.key, record.headers) + 16
+            size += records.check_record(record.value, record.key, record.headers) + records.RECORD_BYTES
             _check_partition(topic, record)
-        if size > wire.COMMIT_BYTES_MAX - (64 << 10):
-            raise TransactionTooLarge(f"a transaction of {size} bytes; at most {wire.COMMIT_BYTES_MAX} are allowed")
+        if size > TRANSACTION_BYTES_MAX:
+            raise TransactionTooLarge(f"a transaction of {size} bytes; at most {TRANSACTION_BYTES_MAX} are allowed")
         if not sends and producer.given:
             raise InvalidRequest("a transaction of a producer with given numbers needs a record that carries one")
         producer.close_tail()

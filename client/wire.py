@@ -56,6 +56,10 @@ PARTITIONS_MAX = 1024
 """Partitions of one topic."""
 NAMES_MAX = 1000
 """Names in one metadata request, rows in one page of a listing."""
+ITEMS_MAX = 1 << 17
+"""Items of any list in a header."""
+DETAILS_MAX = 16
+"""Entries in the details of a refusal."""
 FETCH_BYTES_MAX = 8 << 20
 """What one fetch may ask for; a single larger batch is still delivered."""
 WAIT_MS_MAX = 60_000
@@ -442,7 +446,7 @@ class Part(NamedTuple):
     partition: PartitionIndex
     earliest: Count
     next: Count
-    batches: Annotated[list[BatchAt], _Items(1 << 17)]
+    batches: Annotated[list[BatchAt], _Items(ITEMS_MAX)]
     code: Text = ""
     text: Text = ""
 
@@ -505,7 +509,7 @@ class Failed(NamedTuple):
 
     code: Text
     text: Text
-    details: Annotated[dict[str, int | str | None], _Items(16)] = {}  # noqa: RUF012
+    details: Annotated[dict[str, int | str | None], _Items(DETAILS_MAX)] = {}  # noqa: RUF012
 
 
 class Facts(NamedTuple):
@@ -695,8 +699,8 @@ def decode(header: bytes | memoryview) -> tuple[int, Any]:
     try:
         parts = msgpack.unpackb(
             header,
-            max_array_len=1 << 17,
-            max_map_len=16,
+            max_array_len=ITEMS_MAX,
+            max_map_len=DETAILS_MAX,
             max_str_len=HELLO_BYTES_MAX,
             max_bin_len=TOKEN_BYTES_MAX,
             max_ext_len=0,
@@ -832,6 +836,12 @@ def batch_header(batch: bytes | memoryview) -> BatchHeader:
         text = f"a batch of {header.records} records numbered {header.first_seq} .. {header.last_seq}"
         raise WireError(Code.BAD_REQUEST, text)
     return header
+
+
+def record_count(batch: bytes | memoryview) -> int:
+    """How many records a verified batch holds."""
+    count: int = BATCH_HEADER.unpack_from(batch)[3]
+    return count
 
 
 def make_batch(
