@@ -344,7 +344,7 @@ class Core:
         for stored in group.appends:
             partition = self._partitions.get((stored.topic_id, stored.partition))
             if partition is not None:
-                partition.durable_next = stored.offset + _records(stored.batch)
+                partition.durable_next = stored.offset + wire.record_count(stored.batch)
         for key in dict.fromkeys((stored.topic_id, stored.partition) for stored in group.appends):
             outputs += self._wake(key)
         for topic_id, row in group.topics.items():
@@ -618,7 +618,7 @@ class Core:
         timestamp_ms = max(partition.timestamp_ms, now.wall_ms)
         self._building.appends.append(Stored(topic_id, index, offset, timestamp_ms, partition.end_position, batch))
         self._building.payload_bytes += len(batch) + ROW_BYTES
-        partition.next = offset + _records(batch)
+        partition.next = offset + wire.record_count(batch)
         partition.end_position += len(batch)
         partition.timestamp_ms = timestamp_ms
         return wire.Position(offset, timestamp_ms)
@@ -918,11 +918,6 @@ def found(one: ReadRange, batches: Sequence[tuple[int, int, bytes]]) -> wire.Par
 
 _CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MISMATCH})
 """Refusals after which the bytes of a connection count for nothing more."""
-
-
-def _records(batch: bytes) -> int:
-    """A verified batch's number of records."""
-    return int(wire.BATCH_HEADER.unpack_from(batch)[3])
 
 
 def _page(rows: Iterable[Row], size: Callable[[Row], int]) -> tuple[list[Row], bool]:

@@ -90,7 +90,7 @@ class Counts:
         self.commit_buckets[next((i for i, bound in enumerate(COMMIT_SECONDS) if seconds <= bound), -1)] += 1
         self.batches += len(group.appends)
         for stored in group.appends:
-            self.records += wire.BATCH_HEADER.unpack_from(stored.batch)[3]
+            self.records += wire.record_count(stored.batch)
             self.record_bytes += len(stored.batch)
 
 

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import lmdb
 
-from idemq.client.wire import BATCH_HEADER
+from idemq.client.wire import record_count
 
 from . import schema
 from .core import ROW_BYTES, Damaged, Group, Rows, Space, Stored
@@ -887,8 +887,7 @@ def _timestamp_of(stored: Stored) -> int:
 
 
 def _end(stored: Stored) -> int:
-    count: int = BATCH_HEADER.unpack_from(stored.batch)[3]
-    return stored.offset + count
+    return stored.offset + record_count(stored.batch)
 
 
 def _set(rows: dict[Any, Any], keys: list[Any], key: Any, row: Any) -> None:

@@ -102,10 +102,6 @@ class Raw:
         return Commit(producer_id, epoch, seq - 1, seq, [Append(self.topic_id, partition, len(batch))]), batch
 
 
-class Failure(Exception):
-    """What `Server.fail` raises here, where the real one ends the process."""
-
-
 class Running:
     """A server and its HTTP in a thread. The store stays the test's."""
 

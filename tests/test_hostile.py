@@ -48,7 +48,6 @@ from idemq.client.wire import (
 from .raw import TIMEOUT_S, Closed, Raw, Running
 from .test_server import Held, start, stored_bodies, wait_for
 
-CODES = {facts.code: request for request, facts in wire.REQUESTS.items()}
 HELLO = wire.encode(1, Hello(wire.VERSION, "test"))
 
 

@@ -49,11 +49,11 @@ MUTANTS = [
         "                self._producers, self._producer_ids, producer_id, row)",
     ),
     _one("reply before commit", CORE, "step", "if not facts.decided:", "if True:"),
-    _one("log end not advanced", CORE, "_append", "partition.next = offset + _records(batch)", "pass"),
+    _one("log end not advanced", CORE, "_append", "partition.next = offset + wire.record_count(batch)", "pass"),
     Mutant(
         "`put` returning False ignored",
         (
-            (CORE, "_append", "partition.next = offset + _records(batch)", "pass"),
+            (CORE, "_append", "partition.next = offset + wire.record_count(batch)", "pass"),
             (
                 store.MemoryStore,
                 "commit",
