@@ -369,6 +369,7 @@ class Core:
                 outputs += self._answer_waiter(waiter)
         if self._trim_at_ms <= now.mono_ms and self._in_flight is None:
             self._watch_clock(now)
+            self._space = self._rows.space()  # what others freed on the disk is noticed without a write of ours
             more = self._trim(now)
             self._sweep(now)
             self._trim_at_ms = now.mono_ms + (1 if more else TRIM_MS)
@@ -434,6 +435,11 @@ class Core:
         if topic is not None and index < len(topic.floors):
             return None
         return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} with a partition {index} (any more)")
+
+    def _is_being_deleted(self, topic_id: int) -> bool:
+        """Deleted, and not durably so: a reader must not be told yet, since it may come back (rule 9)."""
+        undurable = [self._building] if self._in_flight is None else [self._building, self._in_flight]
+        return any((row := group.topics.get(topic_id)) is not None and row.deleted for group in undurable)
 
     def _partition(self, topic_id: int, index: int) -> Partition:
         partition = self._partitions.get((topic_id, index))
@@ -747,7 +753,7 @@ class Core:
         read = Read(connection, correlation, [], [], request.bytes_max)
         for topic_id, index, offset in request.ranges:
             refusal = self._lacking(topic_id, index)
-            if refusal is not None:
+            if refusal is not None and not self._is_being_deleted(topic_id):
                 read.parts.append(wire.Part(topic_id, index, 0, 0, [], refusal.code, refusal.text))
                 continue
             partition = self._partition(topic_id, index)
