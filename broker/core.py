@@ -182,6 +182,7 @@ class Connection:
     address: str
     serial: int = 0
     client: str = ""
+    session: str = ""
     fetches: int = 0
     closed: bool = False
 
@@ -254,6 +255,8 @@ class Core:
         self._serial = 0
         self._serials: dict[int, int] = {}
         self._connections: dict[int, Connection] = {}
+        self._sessions: dict[str, tuple[int, int]] = {}
+        """Of each client session its newest connection's serial, and how many are open: the last takes it along."""
         self._connection_count = 0
         self._waiters: dict[tuple[int, int], list[_Waiter]] = {}
         self._deadlines: list[tuple[int, int, _Waiter]] = []
@@ -279,6 +282,10 @@ class Core:
         connection.closed = True
         self._connection_count -= 1
         self._connections.pop(connection.serial, None)
+        if connection.session:
+            newest, still_open = self._sessions.pop(connection.session)
+            if still_open > 1:
+                self._sessions[connection.session] = (newest, still_open - 1)
         if len(self._serials) > self._limits.rows_cached_max:
             # A serial matters only while an older connection is open that it could refuse.
             oldest = min(self._connections, default=self._serial + 1)
@@ -304,7 +311,10 @@ class Core:
         if not connection.serial and type(request) is not wire.Hello:
             return Reply(connection, correlation, Failed(Code.BAD_REQUEST, "the first frame must be Hello"), close=True)
         try:
-            answer = _HANDLERS[type(request)](self, now, connection, correlation, request, payload)
+            if facts.decided and self._is_stale(connection, request):
+                answer: Any = Failed(Code.STALE_CONNECTION, "this client has a newer connection")
+            else:
+                answer = _HANDLERS[type(request)](self, now, connection, correlation, request, payload)
         except Damaged as damage:
             answer = Failed(Code.STORE_DAMAGED, str(damage))
         except wire.WireError as error:
@@ -321,6 +331,11 @@ class Core:
             group = self._in_flight
         group.replies.append(reply)
         return None
+
+    def _is_stale(self, connection: Connection, request: Any) -> bool:
+        """Rule 4 for what is no commit: a copy from an older connection, read late, must not undo what followed."""
+        newest, _ = self._sessions.get(connection.session, (0, 0))
+        return connection.serial < newest and type(request) is not wire.Commit
 
     def begin(self) -> Group | None:
         """The next group to make durable; None when one is in flight or there is nothing to do.
@@ -478,6 +493,10 @@ class Core:
         self._serial += 1
         connection.serial = self._serial
         connection.client = request.client
+        if request.session:
+            connection.session = request.session
+            _, still_open = self._sessions.get(request.session, (0, 0))
+            self._sessions[request.session] = (self._serial, still_open + 1)
         self._connections[connection.serial] = connection
         return wire.Welcome(wire.VERSION, self._version, self._incarnation, self._space.txn_id, self._limits.remembered)
 

@@ -170,7 +170,9 @@ class Session:
         """The dial succeeded: greet."""
         self.state = "greeting"
         self._heard_at = now
-        self._send(now, wire.Hello(wire.VERSION, self.config.client, self.config.token), (), self, None)
+        self._send(
+            now, wire.Hello(wire.VERSION, self.config.client, self.config.token, self.config.session), (), self, None
+        )
 
     def disconnected(self, now: float, reason: str) -> None:
         """The dial failed, or the connection is gone: whatever was sent on it is sent again on the next (C3)."""
@@ -342,7 +344,7 @@ class Session:
         call.ticket = 0
         if call not in self._calls:
             return
-        if type(answer) is Failed and answer.code == Code.CHECKSUM_MISMATCH:
+        if type(answer) is Failed and answer.code in _NO_ANSWERS:
             self._cut_now()
             return
         if type(answer) is Failed and _is_retriable(answer):
@@ -923,7 +925,7 @@ class Session:
             self._stored(producer, commit, answer.duplicate, answer.positions)
             for one in [*producer.barriers, *producer.tallies]:
                 one.deadline = now + one.timeout
-        elif answer.code in (Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH):
+        elif answer.code in _NO_ANSWERS:
             # Neither is an answer to the commit: a newer connection of ours, or bytes damaged on the way.
             self._cut_now()
             return
@@ -1175,5 +1177,7 @@ def _check_partition(topic: Topic, record: Record) -> None:
 
 
 _PLAIN = Record(b"")
+_NO_ANSWERS = frozenset({Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH})
+"""Refusals that say nothing of the request: a newer connection of ours, bytes damaged on the way. Both want another."""
 _READS = frozenset({wire.Ping, wire.Metadata, wire.Fetch, wire.OffsetAt, wire.Producers})
 """Requests that change nothing: unanswered, they are simply not answered."""

@@ -219,6 +219,8 @@ class Hello(NamedTuple):
     client: Text
     """Who is calling, for people: program, host, process."""
     token: Text = ""
+    session: Text = ""
+    """Random, one for each client session: only its newest connection decides anything. Empty: none is compared."""
 
 
 class Welcome(NamedTuple):

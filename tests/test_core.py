@@ -24,7 +24,7 @@ class Broker:
     def connect(self, session: str = "") -> Connection:
         connection = self.core.connect("test")
         assert isinstance(connection, Connection)
-        welcome = self.core.step(self.now(), connection, 1, wire.Hello(wire.VERSION, "test"), b"")
+        welcome = self.core.step(self.now(), connection, 1, wire.Hello(wire.VERSION, "test", "", session), b"")
         assert isinstance(welcome, Reply)
         return connection
 
@@ -94,3 +94,22 @@ def test_space_that_was_freed_from_outside_is_noticed_without_a_write() -> None:
     broker.mono_ms += 10_000
     broker.core.tick(broker.now())  # measures the store, which has room
     assert isinstance(broker.append(connection, topic_id), wire.Committed)
+
+
+def test_a_late_copy_of_an_administrators_request_undoes_nothing() -> None:
+    broker = Broker()
+    old = broker.connect("one client")
+    topic_id = broker.topic(old)
+    late = wire.AlterTopic(topic_id, 1, wire.Settings(retention_ms=1000))
+    new = broker.connect("one client")
+    assert isinstance(broker.ask(new, late), wire.TopicIs)
+    assert broker.ask(new, late._replace(settings=wire.Settings(retention_ms=9000))).topic.settings.retention_ms == 9000
+    assert broker.ask(old, late).code == Code.STALE_CONNECTION
+    assert broker.ask(old, wire.CreateTopic("gone", 1, wire.Settings(), True)).code == Code.STALE_CONNECTION
+    [topic] = broker.ask(broker.connect("somebody else"), wire.Metadata(None)).topics
+    assert topic.settings.retention_ms == 9000
+    broker.core.disconnect(new)
+    assert broker.ask(old, late).code == Code.STALE_CONNECTION, "the newest is closed, and the old one still older"
+    broker.core.disconnect(old)
+    assert isinstance(broker.ask(broker.connect("one client"), late), wire.TopicIs)
+    assert len(broker.core._sessions) == 2
