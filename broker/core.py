@@ -183,7 +183,8 @@ class Connection:
     serial: int = 0
     client: str = ""
     session: str = ""
-    fetches: int = 0
+    parked: dict[Any, None] = field(default_factory=dict)
+    """Its fetches that wait."""
     closed: bool = False
 
 
@@ -228,6 +229,9 @@ class _Waiter:
     request: wire.Fetch
     deadline_ms: int
     done: bool = False
+
+
+_ANSWERED = wire.Fetch([], 1, 0)
 
 
 class Core:
@@ -281,6 +285,8 @@ class Core:
         """A connection is gone: nothing more comes from it, and nothing is sent to it."""
         connection.closed = True
         self._connection_count -= 1
+        for waiter in list(connection.parked):
+            self._answer_waiter(waiter)
         self._connections.pop(connection.serial, None)
         if connection.session:
             newest, still_open = self._sessions.pop(connection.session)
@@ -444,9 +450,9 @@ class Core:
         row = self._topics.get(topic_id)
         return None if row is None or row.deleted else row
 
-    def _lacking(self, topic_id: int, index: int) -> Failed | None:
+    def _lacking(self, topic_id: int, index: int, reading: bool = False) -> Failed | None:
         """The refusal of a request that names a partition which is not there."""
-        topic = self._topic(topic_id)
+        topic = self._topics.get(topic_id) if reading and self._is_being_deleted(topic_id) else self._topic(topic_id)
         if topic is not None and index < len(topic.floors):
             return None
         return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} with a partition {index} (any more)")
@@ -757,10 +763,10 @@ class Core:
         read = self._look(connection, correlation, request)
         if request.wait_ms == 0 or read.parts or any(one.offset < one.next for one in read.ranges):
             return read
-        if connection.fetches >= self._limits.fetches_max:
+        if len(connection.parked) >= self._limits.fetches_max:
             return Failed(Code.BUSY, f"a connection waits for {self._limits.fetches_max} fetches at once (fetches_max)")
-        connection.fetches += 1
         waiter = _Waiter(connection, correlation, request, now.mono_ms + request.wait_ms)
+        connection.parked[waiter] = None
         self._waiter_number += 1
         heappush(self._deadlines, (waiter.deadline_ms, self._waiter_number, waiter))
         for one in read.ranges:
@@ -771,8 +777,8 @@ class Core:
         """What a fetch can get now: ranges to read, and parts that are answered without reading."""
         read = Read(connection, correlation, [], [], request.bytes_max)
         for topic_id, index, offset in request.ranges:
-            refusal = self._lacking(topic_id, index)
-            if refusal is not None and not self._is_being_deleted(topic_id):
+            refusal = self._lacking(topic_id, index, reading=True)
+            if refusal is not None:
                 read.parts.append(wire.Part(topic_id, index, 0, 0, [], refusal.code, refusal.text))
                 continue
             partition = self._partition(topic_id, index)
@@ -796,8 +802,9 @@ class Core:
 
     def _answer_waiter(self, waiter: _Waiter) -> list[Output]:
         waiter.done = True
-        waiter.connection.fetches -= 1
-        for topic_id, partition, _ in waiter.request.ranges:
+        del waiter.connection.parked[waiter]
+        request, waiter.request = waiter.request, _ANSWERED  # its deadline may be far, and a request large
+        for topic_id, partition, _ in request.ranges:
             waiting = self._waiters.get((topic_id, partition))
             if waiting is not None:
                 waiting.remove(waiter)
@@ -805,12 +812,12 @@ class Core:
                     del self._waiters[topic_id, partition]
         if waiter.connection.closed:
             return []
-        return [self._look(waiter.connection, waiter.correlation, waiter.request)]
+        return [self._look(waiter.connection, waiter.correlation, request)]
 
     def _offset_at(
         self, now: Now, connection: Connection, correlation: int, request: wire.OffsetAt, payload: bytes
     ) -> wire.OffsetIs | Failed:
-        refusal = self._lacking(request.topic_id, request.partition)
+        refusal = self._lacking(request.topic_id, request.partition, reading=True)
         if refusal is not None:
             return refusal
         partition = self._partition(request.topic_id, request.partition)
@@ -886,6 +893,9 @@ class Core:
 
     def _trim_partition(self, row: TopicRow, index: int, partition: Partition, now_ms: int) -> bool:
         floor = self._topics[row.topic_id].floors[index]
+        # One row tells whether there is anything to do: this runs for every partition every second.
+        if not topics.removable(row, partition, floor, self._rows.oldest(row.topic_id, index, 1), now_ms):
+            return False
         marks = self._rows.oldest(row.topic_id, index, TRIM_BATCHES)
         count = topics.removable(row, partition, floor, marks, now_ms)
         if not count:

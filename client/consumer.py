@@ -153,12 +153,14 @@ class Subscription:
         for name in self._names:
             if name not in found:
                 raise UnknownTopic(f"there is no topic {name!r}")
+        opened: dict[tuple[int, int], _Partition] = {}  # all of them or none: a failed open can be tried again
         for topic in found.values():
             for index in range(len(topic.partitions)):
                 position = await self._place(topic, index, self._start)
-                partition = _Partition(topic, index, position, topic.partitions[index].next)
-                self._partitions[topic.id, index] = partition
-        self._fetch_again()
+                opened[topic.id, index] = _Partition(topic, index, position, topic.partitions[index].next)
+        if not self._partitions:  # two may open at once: the first wins
+            self._partitions = opened
+            self._fetch_again()
 
     async def seek(self, topic: str, partition: int, to: Start) -> None:
         """Go on from somewhere else in one partition: an offset, "earliest", "latest" or a time."""

@@ -10,13 +10,24 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
 from . import session as core
 from . import wire
 from .connection import Address, Connection
-from .errors import BrokerBusy, IdemqError, InvalidRequest, OutcomeUnknown, UnknownProducer, UnknownTopic
+from .errors import (
+    BrokerBusy,
+    IdemqError,
+    InvalidRequest,
+    OutcomeUnknown,
+    RetriableError,
+    TransactionAborted,
+    UnknownProducer,
+    UnknownTopic,
+)
 from .pipeline import Producer, Tally, Topic
 from .records import Receipt, Record
 
@@ -106,7 +117,7 @@ class EngineProducer(Protocol):
     async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
         """Enqueue before the first await, return when durable."""
 
-    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
+    async def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally, timeout: float) -> int:
         """Put a chunk in line; returns how many of it were taken before the buffer was full."""
 
     async def room(self, timeout: float) -> None:
@@ -322,6 +333,7 @@ class NativeProducer:
             codec=wire.Codec.ZLIB if options.compression == "zlib" else wire.Codec.NONE,
             buffer_bytes=2 * options.in_flight * options.batch_bytes,
         )
+        self._line: deque[asyncio.Event] = deque()
         session.add(self.state)
 
     async def open(self, timeout: float) -> None:
@@ -330,22 +342,62 @@ class NativeProducer:
         now = self._connection.loop.time()
         self._session.open(now, self.state, waiter, now + timeout)
         self._connection.pump()
-        await waiter
+        try:
+            await waiter
+        except BaseException:  # given up, also by cancellation: it must not take the name later
+            self._session.remove(now, self.state)
+            self._connection.pump()
+            raise
 
     async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
         """Enqueue before the first await, return when durable."""
-        if not self.state.room or self.state.room_waiters:
-            await self.room(timeout)
         connection = self._connection
         waiter = connection.future()
-        now = connection.loop.time()
-        seq = self._session.enqueue(now, self.state, topic, record, waiter, now + timeout)
+        deadline = connection.loop.time() + timeout
+        if self.state.room and not self._line:  # the usual case, and the fast one
+            seq = self._session.enqueue(connection.loop.time(), self.state, topic, record, waiter, deadline)
+        else:
+            async with self._turn(timeout, not self.state.room):
+                seq = self._session.enqueue(connection.loop.time(), self.state, topic, record, waiter, deadline)
         connection.kick()
         receipt: Receipt = await self._answer(waiter, seq)
         return receipt
 
-    def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
+    @asynccontextmanager
+    async def _turn(self, timeout: float, full: bool) -> AsyncIterator[None]:
+        """The producer's line: who came first puts in line first, whatever he waits for. Raises BrokerBusy.
+
+        With given numbers, whoever waited here while something before him was refused is not stored either (C4).
+        """
+        if not full and not self._line:
+            yield
+            return
+        breaks = self.state.breaks
+        mine = asyncio.Event()
+        self._line.append(mine)
+        try:
+            if self._line[0] is not mine:
+                try:
+                    async with asyncio.timeout(timeout):
+                        await mine.wait()
+                except TimeoutError:
+                    raise BrokerBusy(f"others wait before this one, and nothing moved in {timeout:g} s") from None
+            if not self.state.room:
+                await self.room(timeout)
+            if self.state.breaks != breaks:
+                raise RetriableError("not stored, because what was sent before it was refused")
+            yield
+        finally:
+            self._line.remove(mine)
+            if self._line:
+                self._line[0].set()
+
+    async def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally, timeout: float) -> int:
         """Put a chunk in line; returns how many of it were taken before the buffer was full."""
+        async with self._turn(timeout, not self.state.room):
+            return self._enqueue(topic, chunk, tally)
+
+    def _enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
         taken = self._session.enqueue_many(self._connection.loop.time(), self.state, topic, chunk, tally)
         self._connection.pump()
         return taken
@@ -387,7 +439,21 @@ class NativeProducer:
         """Store everything or nothing."""
         connection, loop = self._connection, self._connection.loop
         deadline = loop.time() + timeout
+        unknown = any(self._session.topic(loop.time(), name) is None for name, _ in sends)
+        waiter = connection.future()
+        async with self._turn(timeout, unknown):
+            topics = await self._find(sends, deadline)
+            resolved = [(topics[name], record) for name, record in sends]
+            seq = self._session.transact(loop.time(), self.state, resolved, offsets, token, waiter, deadline)
+        connection.pump()
+        receipts: list[Receipt] = await self._answer(waiter, seq)
+        return receipts
+
+    async def _find(self, sends: Sequence[tuple[str, Record]], deadline: float) -> dict[str, Topic]:
+        """The topics of a transaction. Raises UnknownTopic, or TransactionAborted when the line broke meanwhile."""
+        connection, loop = self._connection, self._connection.loop
         topics: dict[str, Topic] = {}
+        breaks = self.state.breaks
         for name, _ in sends:
             known = topics.get(name) or self._session.topic(loop.time(), name)
             if known is None:
@@ -397,12 +463,9 @@ class NativeProducer:
                 connection.pump()
                 known = await looked
             topics[name] = known
-        waiter = connection.future()
-        resolved = [(topics[name], record) for name, record in sends]
-        seq = self._session.transact(loop.time(), self.state, resolved, offsets, token, waiter, deadline)
-        connection.pump()
-        receipts: list[Receipt] = await self._answer(waiter, seq)
-        return receipts
+        if self.state.breaks != breaks:
+            raise TransactionAborted("not stored, because what was sent before it was refused")
+        return topics
 
     async def flush(self, timeout: float) -> None:
         """Wait until everything enqueued is decided; raises the first failure nobody was told."""

@@ -51,6 +51,7 @@ class Prefixed(NamedTuple):
 
     duplicates: list[Receipt]
     waiter: Waiter
+    alone: bool = False
 
 
 def without(held: Waiter, gone: Waiter) -> Waiter:
@@ -357,6 +358,8 @@ class Producer:
         """A refusal came: nothing new is sent until all that was sent is answered (C4)."""
         self.retry_at = 0.0
         self.failures = 0
+        self.breaks = 0
+        """How often the line of given numbers broke: whoever waited to be put in line then must not be."""
         self.sticky: dict[str, int] = {}
         self.barriers: list[Barrier] = []
         self.tallies: list[Tally] = []

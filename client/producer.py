@@ -195,11 +195,10 @@ class Many:
         for one in chunk:
             if type(one) is not bytes and not isinstance(one, Record):
                 check_record(one, None, None)  # raises: it names what is wrong
-        taken = engine.enqueue(self._topic, chunk, self._tally)
-        while taken < len(chunk):
-            await engine.room(self._timeout)
+        while chunk:
+            self._raise()  # behind a failure nothing more is put in line: its numbers would be skipped
+            taken = await engine.enqueue(self._topic, chunk, self._tally, self._timeout)
             chunk = chunk[taken:]
-            taken = engine.enqueue(self._topic, chunk, self._tally)
         self._raise()
 
     async def finish(self) -> SendSummary:

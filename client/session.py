@@ -293,7 +293,9 @@ class Session:
 
     def look_up(self, now: float, name: str, waiter: Waiter, deadline: float) -> None:
         """Ask for a topic: the waiter gets a Topic, or UnknownTopic. One question at a time for each name."""
-        if waiter is not None:
+        if self.error is not None:
+            self._complete(waiter, self.error)
+        elif waiter is not None:
             self.call(
                 now,
                 wire.Metadata([name]),
@@ -329,9 +331,11 @@ class Session:
         self._looked_up.pop(name, None)
         for producer in self.producers:
             for commit in [commit for commit in producer.queue if commit.unresolved and commit.topic == name]:
+                if commit not in producer.queue:
+                    continue  # it failed with one before it
                 if isinstance(found, Topic):
                     self._resolve(producer, commit, found)
-                elif commit in producer.queue:
+                else:
                     self._fail_definitely(producer, commit, found)
             self._dirty[producer] = None
 
@@ -750,6 +754,13 @@ class Session:
             raise
         if duplicates and not commit.order:
             producer.duplicates += len(duplicates)
+            last = max([one.seq for one in duplicates if one.seq is not None])
+            for queued in producer.queue:
+                if last <= queued.last_seq:  # in line, not stored yet (C8)
+                    queued.waiter = Joined(queued.waiter, Prefixed(duplicates, waiter, alone=True))
+                    queued.deadline = min(queued.deadline, deadline)
+                    self._wake(deadline)
+                    return last
             self._complete(waiter, duplicates)
             return producer.highest
         if not commit.order:
@@ -954,9 +965,8 @@ class Session:
             producer.token = commit.token
         found: Iterable[wire.Position | None] = positions if positions is not None else [None] * len(commit.parts)
         where = dict(zip(commit.parts.values(), found, strict=True))
-        if commit.transaction:
-            receipts = [part.receipt(index, where[part], duplicate, producer.dedup) for part, index in commit.order]
-            self._tell(commit.waiter, receipts)
+        receipts = [part.receipt(index, where[part], duplicate, producer.dedup) for part, index in commit.order]
+        self._tell(commit.waiter, receipts)
         for part, position in where.items():
             for index, waiter in enumerate(part.waiters or ()):
                 if waiter is not None:
@@ -970,7 +980,9 @@ class Session:
             again = value._replace(duplicate=True) if isinstance(value, Receipt) else value
             self._tell(waiter.second, again)
         elif type(waiter) is Prefixed:
-            self._tell(waiter.waiter, value if isinstance(value, IdemqError) else waiter.duplicates + value)
+            if not isinstance(value, IdemqError):
+                value = waiter.duplicates + ([] if waiter.alone else value)
+            self._tell(waiter.waiter, value)
         else:
             self._complete(waiter, value)
 
@@ -1034,6 +1046,7 @@ class Session:
                 kind = TransactionAborted if commit.transaction else RetriableError
                 self._fail(producer, commit, kind(text))
             if producer.given:
+                producer.breaks += 1
                 # The application may give these numbers again: they go on behind the last that is not refused.
                 producer.highest = max([producer.last_seq, *[commit.last_seq for commit in producer.queue]])
         else:
@@ -1060,7 +1073,7 @@ class Session:
         told = 0
         if commit.transaction:
             told += max(commit.records, 1) if is_waited(commit.waiter) else 0
-            self._tell(commit.waiter, error)
+        self._tell(commit.waiter, error)
         waiters = [waiter for part in commit.parts.values() for waiter in part.waiters or ()]
         for waiter in [*waiters, *[one.waiter for one in commit.unresolved]]:
             if waiter is not None:
@@ -1110,7 +1123,7 @@ class Session:
     def _time_out(self, now: float, commit: QueuedCommit) -> None:
         """C7: the waits that are due end, the commit stays where it is."""
         left = inf
-        if commit.transaction:
+        if commit.waiter is not None:
             commit.waiter = self._detach(commit.waiter, commit.last_seq)
         for part in commit.parts.values():
             for index, waiter in enumerate(part.waiters or ()):
