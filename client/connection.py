@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from . import wire
 from .errors import IdemqError, InvalidRequest, OutcomeUnknown, Unsupported
-from .pipeline import Pending, StillUnknown
+from .pipeline import Pending
 from .session import Actions, Session
 
 DIAL_S_MAX = 5.0
@@ -224,7 +224,7 @@ class Connection:
 
     def _explain(self, error: IdemqError) -> None:
         """Give an OutcomeUnknown the way to its outcome."""
-        if type(error) is StillUnknown and error.pending is not None:
+        if isinstance(error, OutcomeUnknown) and error.pending is not None:
             error.await_outcome = partial(self._outcome, error.pending, error)
 
     async def _outcome(self, pending: Pending, error: OutcomeUnknown, timeout: float | None) -> Any:

@@ -44,12 +44,17 @@ class IdemqError(Exception):
         self.code = code or type(self).code
         self.details: dict[str, int | str | None] = dict(details or {})
         if remedy is None:
-            remedy = REMEDIES[Code(self.code)].remedy if self.code in Code.__members__ else type(self).remedy
+            general = REMEDIES[Code(self.code)].remedy if self.code in Code.__members__ else type(self).remedy
+            # What this very class says of errors that the client finds comes first, and its family's word last.
+            remedy = str(vars(type(self)).get("remedy", general))
         self.remedy = remedy
         super().__init__(text)
 
     def __str__(self) -> str:
-        return " ".join(part for part in (f"{self.code}: {self.text}".rstrip(": "), self.remedy) if part)
+        said = f"{self.code}: {self.text}".rstrip(": ")
+        if not self.remedy:
+            return said
+        return f"{said} {self.remedy}" if said.endswith((".", "!", "?")) else f"{said}. {self.remedy}"
 
 
 class RetriableError(IdemqError):
@@ -97,6 +102,8 @@ class OutcomeUnknown(IdemqError, TimeoutError):
     def __init__(self, text: str = "", *, seq: int | None = None, code: str | None = None) -> None:
         super().__init__(text, code=code, remedy=type(self).remedy)
         self.seq = seq
+        self.pending: Any = None
+        """Where the session will put the outcome, for its shell, which makes `await_outcome` of it."""
         self.await_outcome: Callable[[float | None], Awaitable[Any]] | None = None
         """Set by the client while it still finds out; None when the producer has ended and nobody will."""
 
@@ -171,6 +178,7 @@ class InvalidRequest(FatalError):
     """The call's arguments are wrong, or contradict what was done before."""
 
     code = "BAD_REQUEST"
+    remedy = "Correct the call."
 
 
 class UnknownTopic(FatalError):
@@ -187,9 +195,10 @@ class UnknownGroup(FatalError):
 
 
 class UnknownProducer(FatalError):
-    """There is no such producer (any more); what it had in flight is unknown."""
+    """There is no such producer, or no longer: then what it had in flight is unknown."""
 
     code = "UNKNOWN_PRODUCER"
+    remedy = "See the names: idemq producer ls."
 
 
 class TopicExists(FatalError):
@@ -303,4 +312,5 @@ assert _BY_CODE.keys() == set(Code), "every code has its exception"
 def from_refusal(failed: Failed) -> IdemqError:
     """The exception of a broker's refusal. A code that this version does not know is a FatalError that names it."""
     known = _BY_CODE.get(failed.code, FatalError)
-    return known(failed.text, code=failed.code, details=failed.details)
+    remedy = REMEDIES[Code(failed.code)].remedy if failed.code in Code.__members__ else None
+    return known(failed.text, code=failed.code, details=failed.details, remedy=remedy)

@@ -12,7 +12,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from . import records, wire
-from .errors import IdemqError, OutcomeUnknown
+from .errors import IdemqError
 from .records import Receipt, Record
 from .wire import Failed
 
@@ -31,12 +31,6 @@ class Pending:
         self.done = False
         self.value: Any = None
         self.waiters: list[Waiter] = []
-
-
-class StillUnknown(OutcomeUnknown):
-    """An OutcomeUnknown the session still works on; the shell gives it its `outcome()`."""
-
-    pending: Pending | None = None
 
 
 class Joined(NamedTuple):

@@ -61,14 +61,19 @@ class SendSummary(NamedTuple):
     last_seq: int
 
 
+def _no_bytes(what: str, value: object) -> InvalidRequest:
+    hint = ": use .encode()" if isinstance(value, str) else ""
+    return InvalidRequest(f"{what} must be bytes, not {type(value).__name__}{hint}")
+
+
 def check_record(value: Any, key: Any, headers: Any) -> int:
     """The size of a record in bytes. Raises InvalidRequest for wrong types, MessageTooLarge beyond the limit."""
     if type(value) is not bytes:
-        raise InvalidRequest(f"a value must be bytes, not {type(value).__name__}")
+        raise _no_bytes("a value", value)
     size = len(value)
     if key is not None:
         if type(key) is not bytes:
-            raise InvalidRequest(f"a key must be bytes, not {type(key).__name__}")
+            raise _no_bytes("a key", key)
         size += len(key)
     if headers is not None:
         if not isinstance(headers, Mapping):

@@ -43,7 +43,6 @@ from .pipeline import (
     Prefixed,
     Producer,
     QueuedCommit,
-    StillUnknown,
     Tally,
     Topic,
     Unresolved,
@@ -384,8 +383,9 @@ class Session:
         what = type(call.request).__name__
         if call.ever_sent and type(call.request) not in _READS:
             return OutcomeUnknown(f"{what} was sent and not answered in time; repeating it does no harm")
-        reason = f" ({self._last_failure})" if self._last_failure and self.state != "ready" else ""
-        return ConnectionLost(f"{what} was not answered in time{reason}")
+        if self._last_failure and self.state != "ready":
+            return ConnectionLost(f"the broker cannot be reached: {self._last_failure}")
+        return ConnectionLost(f"{what} was not answered in time")
 
     # ---------------------------------------------------------------------------------------------- the connection
 
@@ -1153,9 +1153,9 @@ class Session:
         self._tell(waiter, error)
         return pending
 
-    def _unknown(self, text: str, seq: int) -> StillUnknown:
+    def _unknown(self, text: str, seq: int) -> OutcomeUnknown:
         reason = f" ({self._last_failure})" if self._last_failure else ""
-        return StillUnknown(text + reason, seq=seq)
+        return OutcomeUnknown(text + reason, seq=seq)
 
 
 def _is_retriable(failed: Failed) -> bool:

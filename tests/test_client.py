@@ -18,7 +18,7 @@ import pytest
 import idemq
 from idemq import Message, OutcomeUnknown, Receipt, Record, SendSummary
 from idemq.broker.store import MemoryStore
-from idemq.client import errors, wire
+from idemq.client import errors, records, wire
 from idemq.client.wire import Code, Failed
 from idemq.testing import Link
 
@@ -112,7 +112,8 @@ async def test_nobody_listens() -> None:
     for url in ("idemq://127.0.0.1:1", f"idemq://{'x' * 70}.invalid"):
         with pytest.raises(idemq.ConnectionLost) as caught:
             await idemq.connect(url, timeout=0.2)
-        assert "Ping was not answered in time (" in str(caught.value), "and it says why"
+        assert caught.value.text.startswith("the broker cannot be reached: "), "and it says why"
+        assert len(caught.value.text) > len("the broker cannot be reached: ")
 
 
 @run
@@ -1381,9 +1382,22 @@ def test_every_refusal_has_its_exception(code: Code) -> None:
     error = errors.from_refusal(Failed(code, "the text", {"k": 1}))
     assert (error.code, error.text, error.details) == (code, "the text", {"k": 1})
     assert error.remedy
-    assert str(error) == f"{code}: the text {error.remedy}"
+    assert error.remedy == wire.REMEDIES[code].remedy
+    assert str(error) == f"{code}: the text. {error.remedy}"
     retriable = isinstance(error, idemq.RetriableError)
     assert retriable or not wire.REMEDIES[code].retriable
+
+
+def test_what_the_client_itself_finds_has_its_own_remedy() -> None:
+    assert str(idemq.InvalidRequest("no.")) == "BAD_REQUEST: no. Correct the call."
+    assert str(idemq.UnknownProducer("none")) == "UNKNOWN_PRODUCER: none. See the names: idemq producer ls."
+    assert idemq.BrokerBusy("full").remedy == wire.REMEDIES[Code.BUSY].remedy
+    assert str(idemq.IdemqError("just this")) == "ERROR: just this"
+    for record in (("text", None), (b"", "text")):
+        with pytest.raises(idemq.InvalidRequest, match=r"must be bytes, not str: use \.encode\(\)\. Correct"):
+            records.check_record(*record, None)
+    with pytest.raises(idemq.InvalidRequest, match=r"must be bytes, not int\. Correct"):
+        records.check_record(1, None, None)
 
 
 def test_an_unknown_refusal_is_fatal_and_named() -> None:

@@ -58,7 +58,7 @@ from idemq import (
 )
 from idemq.client import session as core
 from idemq.client import wire
-from idemq.client.pipeline import Producer, StillUnknown, Tally, Topic
+from idemq.client.pipeline import Producer, Tally, Topic
 from idemq.client.wire import Code, Committed, Failed, Position
 
 TOPIC = Topic("t", 7, 1)
@@ -398,7 +398,7 @@ def test_refused_for_ever_keeps_its_place() -> None:
         script.answer(refused(Code.SEQUENCE_GAP))
         script.sleep(script.session.config.retry_s_max)
         assert script.links == [(-1, 0), (0, 1)], "nothing jumps the queue"
-    assert [(type(error), error.seq) for error in script.told.values()] == [(StillUnknown, 0), (StillUnknown, 1)]
+    assert [(type(error), error.seq) for error in script.told.values()] == [(OutcomeUnknown, 0), (OutcomeUnknown, 1)]
     assert "the script says STORE_FULL" in str(script.told["0"]), "and it says why"
 
 

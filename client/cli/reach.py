@@ -39,7 +39,7 @@ def run(args: Namespace, work: Callable[[Client], Awaitable[T]]) -> T:
         try:
             client = await connect(url, token=token, timeout=timeout)
         except ConnectionLost as error:
-            reason = error.text.partition("(")[2].removesuffix(")") or error.text
+            reason = error.text.partition(": ")[2] or error.text
             raise CommandError(
                 f"No broker answers at {shown} ({reason}): start one with `idemq serve`, or name it with --url.",
                 UNREACHABLE,
