@@ -495,7 +495,8 @@ class Core:
         if connection.serial:
             raise wire.WireError(Code.BAD_REQUEST, "Hello comes once")
         if self._access_token and not hmac.compare_digest(request.token.encode(), self._access_token.encode()):
-            return Failed(Code.AUTH_FAILED, "this broker asks for a token, and yours is not it")
+            seen = "the one that was sent is another" if request.token else "none was sent"
+            return Failed(Code.AUTH_FAILED, f"this broker asks for its token, and {seen}")
         self._serial += 1
         connection.serial = self._serial
         connection.client = request.client
@@ -706,6 +707,8 @@ class Core:
         refusal = _unsupported(request.settings)
         if refusal is not None:
             return refusal
+        if request.partitions < len(row.floors):
+            return Failed(Code.BAD_REQUEST, f"a topic's partitions never get fewer: {len(row.floors)} now")
         grown = (0,) * (request.partitions - len(row.floors))
         altered = row._replace(settings=request.settings, floors=row.floors + grown)
         if altered != row:

@@ -233,7 +233,7 @@ class NativeEngine:
         return _topic_info(reply.topic)
 
     async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
-        """Give a topic these settings and at least this many partitions."""
+        """Give a topic these settings and this many partitions; it may not have more."""
         topic_id = (await self._topic(name, timeout)).id
         reply: wire.TopicIs = await self._connection.ask(
             _checked(wire.AlterTopic(topic_id, partitions, _settings(settings))), timeout

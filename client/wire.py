@@ -153,7 +153,11 @@ REMEDIES: dict[Code, Meaning] = {
     Code.PROTOCOL_MISMATCH: Meaning(
         False, "Use a client and a broker of the same protocol version, and check the port."
     ),
-    Code.AUTH_FAILED: Meaning(False, "Pass the broker's token: IDEMQ_TOKEN, IDEMQ_TOKEN_FILE, token= or the URL."),
+    Code.AUTH_FAILED: Meaning(
+        False,
+        "Pass the broker's token (if none was set: admin.token in its data directory): "
+        "IDEMQ_TOKEN, IDEMQ_TOKEN_FILE, token= or the URL.",
+    ),
     Code.UNKNOWN_PRODUCER: Meaning(
         False,
         "The producer was deleted or expired, so what was in flight is unknown: look at the log, then open it again.",
@@ -379,7 +383,7 @@ class TopicIs(NamedTuple):
 
 
 class AlterTopic(NamedTuple):
-    """Give a topic these settings and at least this many partitions (they never get fewer). Idempotent."""
+    """Give a topic these settings and this many partitions. BAD_REQUEST if it has more. Idempotent."""
 
     topic_id: Id
     partitions: PartitionCount

@@ -113,3 +113,15 @@ def test_a_late_copy_of_an_administrators_request_undoes_nothing() -> None:
     broker.core.disconnect(old)
     assert isinstance(broker.ask(broker.connect("one client"), late), wire.TopicIs)
     assert len(broker.core._sessions) == 2
+
+
+def test_partitions_never_get_fewer() -> None:
+    broker = Broker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection)
+    for partitions in (3, 3):
+        assert len(broker.ask(connection, wire.AlterTopic(topic_id, partitions, wire.Settings())).topic.partitions) == 3
+    refused = broker.ask(connection, wire.AlterTopic(topic_id, 2, wire.Settings(retention_ms=1000)))
+    assert (refused.code, refused.text) == (Code.BAD_REQUEST, "a topic's partitions never get fewer: 3 now")
+    [topic] = broker.ask(connection, wire.Metadata(None)).topics
+    assert topic.settings.retention_ms is None, "and nothing else of it was done"
