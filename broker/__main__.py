@@ -7,10 +7,12 @@ data directory or address. What an operator can correct is one sentence on stder
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -32,7 +34,7 @@ EXIT_CONFIG = 78
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the broker until a signal ends it. Returns the exit code; SystemExit(2) on a flag that is not known."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    flags = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    flags = parser().parse(sys.argv[1:] if argv is None else argv)
     try:
         config = resolve(flags, os.environ)
         if flags.print_config:
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config) -> int:
+    _check_address(config)
     tune_allocator()
     # Requests and rows hold no cycles, and looking for them as often as Python does costs 7 % of a small commit.
     gc.set_threshold(GC_THRESHOLD)
@@ -77,12 +80,32 @@ async def _serve(config: Config, store: Store, access_token: str) -> None:
         await http.start(config.host, config.http_port)
     except OSError as error:
         server.end_threads()
-        raise ConfigError(
-            f"Cannot listen on {config.host}, ports {config.port} and {config.http_port}: {error}."
-        ) from None
+        raise _deaf(config, f"ports {config.port} and {config.http_port}", error) from None
     print(f"idemq ready {_shown(server.address)} http={_shown(http.address)}", flush=True)
     await server.wait_closed()
     await http.close()
+
+
+def _check_address(config: Config) -> None:
+    """Can both ports be had? Asked before there is a store, so that a start that must fail leaves nothing behind."""
+    for name, port in (("port", config.port), ("http_port", config.http_port)):
+        try:
+            found = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, kind, protocol, _, address in found:
+                with socket.socket(family, kind, protocol) as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the listeners do
+                    if family == socket.AF_INET6:
+                        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    one.bind(address)
+        except (OSError, UnicodeError) as error:  # a host's name may be no name
+            raise _deaf(config, f"{name} {port}", error) from None
+
+
+def _deaf(config: Config, ports: str, error: Exception) -> ConfigError:
+    hint = ""
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        hint = " Does another broker run there? --port 0 and --http-port 0 pick free ones."
+    return ConfigError(f"Cannot listen on {config.host}, {ports}: {error}.{hint}")
 
 
 def _shown(address: tuple[str, int]) -> str:

@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from idemq.client import wire
 
@@ -197,9 +197,25 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def parser() -> argparse.ArgumentParser:
+class Flags(argparse.ArgumentParser):
+    """argparse's, but what is wrong is one line and names the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The flags of a command line. SystemExit(2) on one that is not known."""
+        known, extra = self.parse_known_args(argv)
+        if extra:
+            near = difflib.get_close_matches(extra[0].partition("=")[0], list(self._option_string_actions), n=1)
+            self.error(f"{extra[0]!r} is not expected here{f': did you mean {near[0]}?' if near else ''}")
+        return known
+
+
+def parser() -> Flags:
     """The flags of `idemq serve`, one for each setting."""
-    flags = argparse.ArgumentParser(
+    flags = Flags(
         prog="idemq serve",
         description="Run the broker. Each setting is also a variable (IDEMQ_PORT) and a key of the file (port).",
         allow_abbrev=False,
@@ -222,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
 
 def load(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Config:
     """The valid configuration of a command line. Raises ConfigError; SystemExit(2) on a flag that is not known."""
-    return resolve(parser().parse_args(argv), os.environ if environ is None else environ)
+    return resolve(parser().parse(argv), os.environ if environ is None else environ)
 
 
 def resolve(flags: argparse.Namespace, environ: Mapping[str, str]) -> Config:

@@ -77,7 +77,9 @@ def test_an_unknown_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as caught:
         load(["--prot", "1"], {})
     assert caught.value.code == 2
-    assert "--prot" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "idemq serve: '--prot' is not expected here: did you mean --port? (see idemq serve --help)\n"
+    )
 
 
 def test_variables_of_the_client_and_of_others_are_left_alone(tmp_path: Path) -> None:

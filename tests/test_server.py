@@ -865,14 +865,19 @@ def test_beyond_loopback_the_first_start_makes_a_token(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_an_address_that_is_taken_is_told(tmp_path: Path) -> None:
     process, address, _ = start(tmp_path / "one")
-    second = subprocess.run(
-        [sys.executable, "-m", "idemq.broker", "--port", str(address[1]), "--data-dir", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (second.returncode, second.stdout) == (78, "")
-    assert second.stderr.startswith("idemq: Cannot listen on 127.0.0.1")
-    assert second.stderr.count("\n") == 1
+    port = str(address[1])
+    for taken, free in (("--port", "--http-port"), ("--http-port", "--port")):
+        second = subprocess.run(
+            [sys.executable, "-m", "idemq.broker", taken, port, free, "0", "--data-dir", str(tmp_path / "2")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (second.returncode, second.stdout) == (78, "")
+        setting = taken[2:].replace("-", "_")
+        assert second.stderr.startswith(f"idemq: Cannot listen on 127.0.0.1, {setting} {port}: ")
+        assert "--port 0 and --http-port 0 pick free ones" in second.stderr
+        assert second.stderr.count("\n") == 1
+        assert not (tmp_path / "2").exists(), "a start that failed leaves nothing behind"
     process.terminate()
     process.communicate(timeout=TIMEOUT_S)
