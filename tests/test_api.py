@@ -53,6 +53,8 @@ def test_the_names_of_the_contract() -> None:
     assert sorted(idemq.client.__all__) == sorted({*ERRORS, *VALUES, *OBJECTS})
     for name in (*ERRORS, *VALUES, *OBJECTS, "sync", "__version__"):
         assert hasattr(idemq, name), name
+        assert name in idemq.__all__, "help(idemq) shows it"
+    assert "idemq.connect(" in inspect.getdoc(idemq)
     for name in LATER:
         assert not hasattr(idemq, name), f"{name} comes with its issue"
 
