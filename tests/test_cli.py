@@ -73,6 +73,13 @@ class Broker:
             finally:
                 process.kill()
 
+    def resumed(self, *argv: str, input: str) -> Any:
+        """What a numbered load prints that was begun before, which it says."""
+        done = self.idemq("pub", *argv, "--json", input=input)
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+        assert "lines of this input are skipped by number" in done.stderr
+        return json.loads(done.stdout)
+
     def last_seq(self, producer: str) -> int:
         """Its last number; -1 while there is no such producer."""
 
@@ -227,7 +234,10 @@ def test_a_family_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None
         (["--json", "serve"], "--json is no option of serve"),
         (["--url", "x", "demo"], "--url is no option of demo"),
         (["verify", "--token", "x"], "'--token' is not expected here"),
-        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "--prot", "1"], "idemq serve: '--prot' is not expected here: did you mean --port?"),
+        (["serve", "--zzz"], "idemq serve: '--zzz' is not expected here (see idemq serve --help)"),
+        (["serve", "--port"], "argument --port: expected one argument"),
+        (["pub", "t", "--producer", "p", "v"], "--producer numbers the lines of an input: give them on stdin"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
     ],
 )
@@ -239,8 +249,7 @@ def test_what_is_wrong_with_a_command_is_one_line_and_code_2(
     assert complaint in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
-    if argv[0] != "serve":
-        assert shown.err.count("\n") == 1
+    assert shown.err.count("\n") == 1
 
 
 def test_options_stand_before_between_and_behind(broker: Broker, topic: str) -> None:
@@ -297,7 +306,7 @@ def test_3_fenced(broker: Broker, topic: str) -> None:
         first.stdin.write(b"one\n")
         first.stdin.flush()
         wait_for(lambda: broker.last_seq("fenced") == 0)
-        assert broker.json("pub", topic, "--producer", "fenced", input="one\n") == {
+        assert broker.resumed(topic, "--producer", "fenced", input="one\n") == {
             "stored": 0,
             "duplicates": 1,
             "last_seq": 0,
@@ -350,14 +359,16 @@ def test_75_a_numbered_load_whose_broker_went_can_be_run_again(tmp_path: Path) -
             assert load.wait(SECONDS_MAX) == errors.RETRY_LATER
             assert "Run the same command again" in load.stderr.read().decode()
     with serving(tmp_path / "data") as broker:
-        assert broker.json("pub", "t", "--producer", "p", input="one\ntwo\n")["last_seq"] == 1
+        assert broker.resumed("t", "--producer", "p", input="one\ntwo\n")["last_seq"] == 1
         assert broker.lines("sub", "t", "--exit-at-end") == ["one", "two"]
 
 
 def test_77_auth(tmp_path: Path) -> None:
     with serving(tmp_path / "data", IDEMQ_TOKEN="secret") as broker:
-        for more in ({}, {"IDEMQ_TOKEN": "wrong"}):
+        for more, seen in (({}, "none was sent"), ({"IDEMQ_TOKEN": "wrong"}, "the one that was sent is another")):
             done = broker.idemq("ping", **more)
+            assert seen in done.stderr
+            assert ADMIN_TOKEN_FILE in done.stderr
             assert done.returncode == errors.AUTH
             assert "AUTH_FAILED" in done.stderr
             assert "IDEMQ_TOKEN" in done.stderr
@@ -525,7 +536,9 @@ def test_every_command_speaks_json(broker: Broker, topic: str) -> None:
     }
     assert broker.json("topic", "describe", topic)["partitions"][0]["next"] == 5
     assert topic in {one["name"] for one in broker.json("topic", "ls")}
-    assert broker.json("producer", "describe", topic)["last_seq"] == 1
+    described = broker.json("producer", "describe", topic)
+    assert described["last_seq"] == 1
+    assert described["last_holder"]
     assert topic in {one["name"] for one in broker.json("producer", "ls")}
     assert broker.json("healthcheck", "--url", broker.url) == {"status": "healthy"}
 
@@ -593,6 +606,26 @@ def test_forgetting_a_producer_asks_and_says_what_it_costs(broker: Broker, topic
     assert broker.last_seq("forget-me") == -1
 
 
+def test_a_topic_that_exists_is_answered_with_options_of_the_command(broker: Broker, topic: str) -> None:
+    done = broker.idemq("topic", "create", topic)
+    assert done.returncode == errors.FAILURE
+    assert "--exist-ok" in done.stderr
+    done = broker.idemq("topic", "create", topic, "--exist-ok", "--partitions", "2")
+    assert done.returncode == errors.FAILURE
+    assert "idemq topic alter" in done.stderr
+    assert "exist_ok" not in done.stderr
+    assert broker.lines("topic", "create", topic, "--exist-ok")
+
+
+def test_partitions_never_get_fewer(broker: Broker, topic: str) -> None:
+    for count in (3, 3):
+        assert broker.json("topic", "alter", topic, "--partitions", str(count))["partitions"] == 3
+    done = broker.idemq("topic", "alter", topic, "--partitions", "2", "--retention", "7d")
+    assert done.returncode == errors.USAGE
+    assert "a topic's partitions never get fewer: 3 now" in done.stderr
+    assert broker.json("topic", "describe", topic)["retention"] is None
+
+
 def test_alter_changes_what_is_named_and_nothing_else(broker: Broker, topic: str) -> None:
     broker.lines("topic", "alter", topic, "--retention", "7d", "--retention-bytes", "1GiB")
     altered = broker.json("topic", "alter", topic, "--partitions", "2")
@@ -619,7 +652,7 @@ def test_messages_as_json_lines(broker: Broker, topic: str) -> None:
             await mq.send(topic, b"\xff", key="ü".encode(), headers={"text": b"a", "bytes": b"\xfe"})
 
     asyncio.run(send())
-    broker.lines("pub", topic, "text", "-k", "k", "--producer", "json-lines")
+    broker.lines("pub", topic, "-k", "k", "--producer", "json-lines", input="text\n")
     before = int(time.time() * 1000)
     first, second = map(json.loads, broker.lines("sub", topic, "--exit-at-end", "--json"))
     assert first.keys() >= {"topic", "partition", "offset", "key", "value", "headers", "timestamp", "seq", "uid"}
@@ -679,10 +712,24 @@ def test_a_line_beyond_the_limit_is_refused_and_those_before_it_are_stored(broke
     assert broker.lines("sub", topic, "--exit-at-end") == ["one", "two"]
 
 
-def test_a_numbered_value_is_a_one_line_input(broker: Broker, topic: str) -> None:
-    assert broker.json("pub", topic, "once", "--producer", topic)["stored"] == 1
-    assert broker.json("pub", topic, "once", "--producer", topic)["duplicates"] == 1
-    assert broker.lines("sub", topic, "--exit-at-end") == ["once"]
+def test_a_name_used_for_another_input_is_told(broker: Broker, topic: str) -> None:
+    name = f"{topic}-p"
+    assert broker.json("pub", topic, "-", "--producer", name, input="1\n2\n3\n")["stored"] == 3
+    done = broker.idemq("pub", topic, "--producer", name, input="1\n2\n3\n4\n")
+    assert done.returncode == 0
+    assert f"{name} had already sent 3 lines (last_seq 2): the first 3 lines of this input are skipped" in done.stderr
+    assert "One producer name belongs to one input" in done.stderr
+    for shorter in ("a\nb\n", ""):
+        done = broker.idemq("pub", topic, "--producer", name, input=shorter)
+        assert (done.returncode, done.stdout) == (errors.USAGE, "")
+        assert f"This input has {shorter.count(chr(10))} lines, and {name} had sent 4" in done.stderr
+    assert broker.lines("sub", topic, "--exit-at-end") == ["1", "2", "3", "4"]
+
+
+def test_a_load_that_fails_at_once_says_only_why(broker: Broker) -> None:
+    done = broker.idemq("pub", "nix", input="1\n")
+    assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
+    assert done.stderr.startswith("idemq: there is no topic 'nix'")
 
 
 def test_a_numbered_load_killed_again_and_again_is_exact(
@@ -780,7 +827,7 @@ def test_verify_clean_in_use_and_damaged(tmp_path: Path) -> None:
     directory = tmp_path / "data"
     with serving(directory) as broker:
         broker.lines("topic", "create", "t")
-        broker.lines("pub", "t", "a value to be found again", "--producer", "p")
+        broker.lines("pub", "t", "--producer", "p", input="a value to be found again\n")
         done = idemq_command("verify", str(directory))
         assert done.returncode == errors.CONFIGURATION
         assert done.stdout == ""

@@ -246,15 +246,15 @@ def _conclude(result: Result) -> None:
         say(f"Shown: {result.messages_in:,} messages sent, and each found exactly once when the log was read back,")
         say(f"although {result.retries_absorbed:,} of them were sent again: the broker knew them by their numbers.")
         say("Not shown, nor promised: the loss of the disk.")
-        say(f"The same faults without dedup: idemq demo --without-dedup --seed {result.seed}")
+        say(f"The same kind of faults without dedup: idemq demo --without-dedup --seed {result.seed}")
     else:
-        say(f"Shown: without dedup the same retries stored {result.duplicated:,} messages again, and nothing was lost.")
+        say(f"Shown: without dedup retries stored {result.duplicated:,} messages again, and nothing was lost.")
         say("That is at least once, and what a retry does where nobody remembers numbers.")
-        say(f"The same faults with dedup: idemq demo --seed {result.seed}")
+        say(f"The same kind of faults with dedup: idemq demo --seed {result.seed}")
 
 
 def _arguments(parser: Parser) -> None:
-    about = "the same faults, and a worker that retries as everyone else's does: duplicates"
+    about = "the same kind of faults, and a worker that retries as everyone else's does: duplicates"
     parser.add_argument("--without-dedup", action="store_true", help=about)
     parser.add_argument("--seed", type=int, metavar="N", help="where the faults and kills fall (default: random)")
 

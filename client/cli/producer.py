@@ -16,14 +16,16 @@ _SHOWN = {"id": number, "epoch": number, "last_seq": number, "last_seen": moment
 
 
 def _ls(args: Namespace) -> int:
-    columns = ("name", "id", "epoch", "last_seq", "holder", "last_seen")
+    columns = ("name", "id", "epoch", "last_seq", "last_holder", "last_seen")
     found = reach.run(args, Client.producers)
-    table(args, columns, [[getattr(one, column) for column in columns] for one in found], _SHOWN)
+    table(args, columns, [[_fields(one)[column] for column in columns] for one in found], _SHOWN)
     return OK
 
 
 def _fields(one: ProducerInfo) -> dict[str, Any]:
     fields = one._asdict()
+    fields["last_holder"] = fields.pop("holder")  # it may be gone: the broker keeps names, not their processes
+    fields["last_seen"] = fields.pop("last_seen")  # the order shown
     return fields | text_or_base64("token", fields.pop("token"))
 
 
@@ -55,6 +57,6 @@ def _rm_arguments(parser: Parser) -> None:
 
 COMMANDS = (
     Command("producer ls", "list producer names; those that begin with ~ are anonymous", lambda parser: None, _ls),
-    Command("producer describe", "show a producer: last number, token, who holds it", _name, _describe),
+    Command("producer describe", "show a producer: last number, token, who held it last", _name, _describe),
     Command("producer rm", "forget a producer and its numbers", _rm_arguments, _rm),
 )

@@ -1,7 +1,8 @@
 """`idemq pub`: a value, or a line a message from stdin. With --producer the line number is the sequence.
 
 So killing it and running it again with the same input is exact: the broker knows the last line it stored, what is at or
-below it is skipped, and what was stored without our hearing of it is found again by its number.
+below it is skipped, and what was stored without our hearing of it is found again by its number. Skipped lines are not
+compared with what is stored, so a run that skips says so, and an input with fewer lines than were sent is refused.
 """
 
 from __future__ import annotations
@@ -34,24 +35,35 @@ def _pub(args: Namespace) -> int:
         raise CommandError("--id is not offered yet: --producer makes a repeated run exact.", USAGE)
     key = None if args.key is None else os.fsencode(args.key)
     value = None if args.value in (None, "-") else os.fsencode(args.value)
-    if value is not None and args.producer is None:
+    if value is not None and args.producer is not None:
+        raise CommandError(
+            "--producer numbers the lines of an input: give them on stdin. A single VALUE would be line 0 each time.",
+            USAGE,
+        )
+    if value is not None:
         receipt = reach.run(args, lambda mq: mq.send(args.topic, value, key=key))
         record(args, receipt._asdict(), {"timestamp": moment, "offset": number, "seq": number})
     else:
-        reach.run(args, lambda mq: _lines(args, mq, key, value))
+        reach.run(args, lambda mq: _lines(args, mq, key))
     return OK
 
 
-async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | None) -> None:
-    typed = value is None and sys.stdin.isatty()
+async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
+    typed = sys.stdin.isatty()
     if typed:
         say("Every line is a message; Ctrl-D ends.")
-    total = _size(sys.stdin.fileno()) if value is None else None
+    total = _size(sys.stdin.fileno())
     stored = skipped = lines = read_bytes = 0
     async with mq.producer(args.producer) as producer:
+        known = producer.last_seq + 1
+        if known:
+            say(
+                f"{args.producer} had already sent {known:,} lines (last_seq {producer.last_seq}): the first {known:,} "
+                "lines of this input are skipped by number. One producer name belongs to one input, over all topics."
+            )
         with Progress("lines", total) as progress:
             try:
-                async for chunk in _read_lines(sys.stdin.fileno()) if value is None else _once(value):
+                async for chunk in _read_lines(sys.stdin.fileno()):
                     numbers = range(lines, lines + len(chunk))
                     records = [
                         Record(line, key, seq=None if args.producer is None else seq)
@@ -66,7 +78,8 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | 
                         progress.update(lines, read_bytes)
             except IdemqError as error:
                 progress.clear()
-                say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
+                if lines:
+                    say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
                 if isinstance(error, OutcomeUnknown) and args.producer is not None:
                     raise CommandError(
                         f"{error.text}. Run the same command again: what is stored will be skipped. ({error.code})",
@@ -74,6 +87,12 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None, value: bytes | 
                     ) from error
                 raise
         last_seq = producer.last_seq
+    if lines < known:
+        raise CommandError(
+            f"This input has {lines:,} lines, and {args.producer} had sent {known:,}: it is not the same input. "
+            "Nothing was stored; give it a producer name of its own.",
+            USAGE,
+        )
     fields = {"stored": stored, "duplicates": skipped}
     record(args, fields | ({} if args.producer is None else {"last_seq": last_seq}), {"last_seq": number})
 
@@ -84,10 +103,6 @@ def _size(descriptor: int) -> int | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return max(0, status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR))
-
-
-async def _once(value: bytes) -> AsyncIterator[list[bytes]]:
-    yield [value]
 
 
 async def _read_lines(descriptor: int) -> AsyncIterator[list[bytes]]:
@@ -150,7 +165,9 @@ def _arguments(parser: Parser) -> None:
         "--producer",
         metavar="NAME",
         type=text,
-        help="number the lines (from 0) under this name: running it again with the same input stores only what is new",
+        help="number stdin's lines (from 0) under this name: running it again with the same input stores only what is "
+        "new. Lines already sent are skipped by number, not compared: each input needs a name of its own, over all "
+        "topics",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..client import Client
 from ..engine import TopicInfo
+from ..errors import TopicExists
 from . import reach
 from .arguments import Command, Parser, add_yes, byte_count, confirm, count, span, text
 from .errors import OK, USAGE, CommandError
@@ -59,13 +60,17 @@ def _show(args: Namespace, topic: TopicInfo) -> None:
 
 def _create(args: Namespace) -> int:
     async def create(mq: Client) -> TopicInfo:
-        return await mq.create_topic(
-            args.name,
-            args.partitions,
-            retention=args.retention,
-            retention_bytes=args.retention_bytes,
-            exist_ok=args.exist_ok,
-        )
+        try:
+            return await mq.create_topic(
+                args.name,
+                args.partitions,
+                retention=args.retention,
+                retention_bytes=args.retention_bytes,
+                exist_ok=args.exist_ok,
+            )
+        except TopicExists as error:
+            hint = "Change it with idemq topic alter" if args.exist_ok else "--exist-ok accepts it with these settings"
+            raise CommandError(f"{error.text}. {hint}, or choose another name. ({error.code})") from error
 
     record(args, _summary(reach.run(args, create)), _SHOWN)
     return OK
@@ -124,12 +129,12 @@ def _create_arguments(parser: Parser) -> None:
 
 def _alter_arguments(parser: Parser) -> None:
     _name(parser)
-    for option, kind, about in (
-        ("--partitions", count, "as many; they can only grow"),
-        ("--retention", span, "drop what is older, such as 7d, or none"),
-        ("--retention-bytes", byte_count, "drop the oldest beyond this size of a partition, or none"),
+    for option, metavar, kind, about in (
+        ("--partitions", "N", count, "as many; they can only grow"),
+        ("--retention", "TIME", span, "drop what is older, such as 7d, or none"),
+        ("--retention-bytes", "SIZE", byte_count, "drop the oldest beyond this size of a partition, or none"),
     ):
-        parser.add_argument(option, metavar="N", type=kind, default=SUPPRESS, help=about)
+        parser.add_argument(option, metavar=metavar, type=kind, default=SUPPRESS, help=about)
 
 
 def _destroy_arguments(parser: Parser) -> None:
