@@ -495,7 +495,7 @@ class Core:
         if connection.serial:
             raise wire.WireError(Code.BAD_REQUEST, "Hello comes once")
         if self._access_token and not hmac.compare_digest(request.token.encode(), self._access_token.encode()):
-            seen = "the one that was sent is another" if request.token else "none was sent"
+            seen = "the one that was sent is wrong" if request.token else "none was sent"
             return Failed(Code.AUTH_FAILED, f"this broker asks for its token, and {seen}")
         self._serial += 1
         connection.serial = self._serial
