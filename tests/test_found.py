@@ -13,8 +13,9 @@ import pytest
 
 import idemq
 from idemq import IdemqError, InvalidRequest, OutcomeUnknown, Receipt, Record, UnknownTopic
-from idemq.broker.core import Core, Limits, Mark, Read, Reply
+from idemq.broker.core import Core, Limits, Read, Reply
 from idemq.broker.store import MemoryStore, Store
+from idemq.broker.topics import Mark
 from idemq.client import wire
 
 from .raw import Closed, Running
