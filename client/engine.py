@@ -108,11 +108,47 @@ class EngineProducer(Protocol):
     """One producer of an engine."""
 
     @property
-    def state(self) -> Producer:
-        """What may be read of it."""
+    def name(self) -> str:
+        """Its name; a random one when none was given."""
+
+    @property
+    def id(self) -> int:
+        """The broker's number for this name; 0 before it is known."""
+
+    @property
+    def epoch(self) -> int:
+        """Which opening of the name this is; 0 before it is known."""
+
+    @property
+    def last_seq(self) -> int:
+        """The highest number known to be stored; -1: none."""
+
+    @property
+    def highest_seq(self) -> int:
+        """The highest number given to a record; -1: none."""
+
+    @property
+    def token(self) -> bytes | None:
+        """The token stored last."""
+
+    @property
+    def batch_bytes(self) -> int:
+        """A batch is closed when it holds as much."""
+
+    @property
+    def opened(self) -> bool:
+        """Was the name taken?"""
+
+    @property
+    def ended(self) -> bool:
+        """Was it fenced or forgotten, so that it takes no more messages?"""
+
+    @property
+    def unsettled(self) -> bool:
+        """Is anything not decided yet, or failed and nobody was told?"""
 
     async def open(self, timeout: float) -> None:
-        """Take the name."""
+        """Take the name; id, epoch, last_seq and token are known then."""
 
     async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
         """Enqueue before the first await, return when durable."""
@@ -315,7 +351,7 @@ class NativeEngine:
         return found[0]
 
 
-class NativeProducer:
+class NativeProducer(EngineProducer):
     """A producer of idemq's own broker: the session's producer, and the futures that wait for it."""
 
     def __init__(
@@ -323,7 +359,7 @@ class NativeProducer:
     ) -> None:
         self._session = session
         self._connection = connection
-        self.state = Producer(
+        self._state = Producer(
             name if name is not None else f"~{secrets.token_hex(12)}",
             anonymous=name is None,
             dedup=options.dedup,
@@ -334,31 +370,70 @@ class NativeProducer:
             buffer_bytes=2 * options.in_flight * options.batch_bytes,
         )
         self._line: deque[asyncio.Event] = deque()
-        session.add(self.state)
+        session.add(self._state)
+
+    @property
+    def name(self) -> str:
+        return self._state.name
+
+    @property
+    def id(self) -> int:
+        return self._state.id
+
+    @property
+    def epoch(self) -> int:
+        return self._state.epoch
+
+    @property
+    def last_seq(self) -> int:
+        return self._state.last_seq
+
+    @property
+    def highest_seq(self) -> int:
+        return self._state.highest
+
+    @property
+    def token(self) -> bytes | None:
+        return self._state.token
+
+    @property
+    def batch_bytes(self) -> int:
+        return self._state.batch_bytes
+
+    @property
+    def opened(self) -> bool:
+        return self._state.opened
+
+    @property
+    def ended(self) -> bool:
+        return self._state.error is not None
+
+    @property
+    def unsettled(self) -> bool:
+        return bool(self._state.queue or self._state.unreported)
 
     async def open(self, timeout: float) -> None:
-        """Take the name; `state` then has id, epoch, last_seq and token."""
+        """Take the name; id, epoch, last_seq and token are known then."""
         waiter = self._connection.future()
         now = self._connection.loop.time()
-        self._session.open(now, self.state, waiter, now + timeout)
+        self._session.open(now, self._state, waiter, now + timeout)
         self._connection.pump()
         try:
             await waiter
         except BaseException:  # given up, also by cancellation: it must not take the name later
-            self._session.remove(now, self.state)
+            self._session.remove(now, self._state)
             self._connection.pump()
             raise
 
     async def send(self, topic: str, record: Record, timeout: float) -> Receipt:
-        """Enqueue before the first await, return when durable."""
         connection = self._connection
         waiter = connection.future()
         deadline = connection.loop.time() + timeout
-        if self.state.room and not self._line:  # the usual case, and the fast one
-            seq = self._session.enqueue(connection.loop.time(), self.state, topic, record, waiter, deadline)
+        if self._state.room and not self._line:  # the usual case, and the fast one
+            seq = self._session.enqueue(connection.loop.time(), self._state, topic, record, waiter, deadline)
         else:
-            async with self._turn(timeout, not self.state.room):
-                seq = self._session.enqueue(connection.loop.time(), self.state, topic, record, waiter, deadline)
+            async with self._turn(timeout, not self._state.room):
+                seq = self._session.enqueue(connection.loop.time(), self._state, topic, record, waiter, deadline)
         connection.kick()
         receipt: Receipt = await self._answer(waiter, seq)
         return receipt
@@ -372,7 +447,7 @@ class NativeProducer:
         if not full and not self._line:
             yield
             return
-        breaks = self.state.breaks
+        breaks = self._state.breaks
         mine = asyncio.Event()
         self._line.append(mine)
         try:
@@ -382,9 +457,9 @@ class NativeProducer:
                         await mine.wait()
                 except TimeoutError:
                     raise BrokerBusy(f"others wait before this one, and nothing moved in {timeout:g} s") from None
-            if not self.state.room:
+            if not self._state.room:
                 await self.room(timeout)
-            if self.state.breaks != breaks:
+            if self._state.breaks != breaks:
                 raise RetriableError("not stored, because what was sent before it was refused")
             yield
         finally:
@@ -393,19 +468,18 @@ class NativeProducer:
                 self._line[0].set()
 
     async def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally, timeout: float) -> int:
-        """Put a chunk in line; returns how many of it were taken before the buffer was full."""
-        async with self._turn(timeout, not self.state.room):
+        async with self._turn(timeout, not self._state.room):
             return self._enqueue(topic, chunk, tally)
 
     def _enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
-        taken = self._session.enqueue_many(self._connection.loop.time(), self.state, topic, chunk, tally)
+        taken = self._session.enqueue_many(self._connection.loop.time(), self._state, topic, chunk, tally)
         self._connection.pump()
         return taken
 
     async def room(self, timeout: float) -> None:
         """Wait until the buffer takes more, or raise BrokerBusy: nothing was enqueued."""
         waiter = self._connection.future()
-        self._session.want_room(self.state, waiter)
+        self._session.want_room(self._state, waiter)
         self._connection.kick()
         taken = False
         try:
@@ -415,28 +489,25 @@ class NativeProducer:
         except TimeoutError as late:
             if isinstance(late, OutcomeUnknown):
                 raise
-            text = f"{self.state.buffered_bytes} bytes wait to be answered, and nothing was in {timeout:g} s"
+            text = f"{self._state.buffered_bytes} bytes wait to be answered, and nothing was in {timeout:g} s"
             raise BrokerBusy(text) from None
         finally:
             if not taken:  # also when room was offered in the turn in which this one gave up
-                self._session.leave_room(self.state, waiter)
+                self._session.leave_room(self._state, waiter)
                 self._connection.kick()
 
     async def finish(self, tally: Tally, timeout: float) -> None:
-        """Wait until all of a tally is decided."""
         waiter = self._connection.future()
-        self._session.finish(self._connection.loop.time(), self.state, tally, waiter, timeout)
+        self._session.finish(self._connection.loop.time(), self._state, tally, waiter, timeout)
         self._connection.pump()
         await waiter
 
     def abandon(self, tally: Tally) -> None:
-        """Nobody waits for it any more: its failures are told by flush or close."""
-        self._session.abandon(self.state, tally)
+        self._session.abandon(self._state, tally)
 
     async def transact(
         self, sends: Sequence[tuple[str, Record]], offsets: Sequence[wire.Offset], token: bytes | None, timeout: float
     ) -> list[Receipt]:
-        """Store everything or nothing."""
         connection, loop = self._connection, self._connection.loop
         deadline = loop.time() + timeout
         unknown = any(self._session.topic(loop.time(), name) is None for name, _ in sends)
@@ -444,7 +515,7 @@ class NativeProducer:
         async with self._turn(timeout, unknown):
             topics = await self._find(sends, deadline)
             resolved = [(topics[name], record) for name, record in sends]
-            seq = self._session.transact(loop.time(), self.state, resolved, offsets, token, waiter, deadline)
+            seq = self._session.transact(loop.time(), self._state, resolved, offsets, token, waiter, deadline)
         connection.pump()
         receipts: list[Receipt] = await self._answer(waiter, seq)
         return receipts
@@ -453,7 +524,7 @@ class NativeProducer:
         """The topics of a transaction. Raises UnknownTopic, or TransactionAborted when the line broke meanwhile."""
         connection, loop = self._connection, self._connection.loop
         topics: dict[str, Topic] = {}
-        breaks = self.state.breaks
+        breaks = self._state.breaks
         for name, _ in sends:
             known = topics.get(name) or self._session.topic(loop.time(), name)
             if known is None:
@@ -463,14 +534,13 @@ class NativeProducer:
                 connection.pump()
                 known = await looked
             topics[name] = known
-        if self.state.breaks != breaks:
+        if self._state.breaks != breaks:
             raise TransactionAborted("not stored, because what was sent before it was refused")
         return topics
 
     async def flush(self, timeout: float) -> None:
-        """Wait until everything enqueued is decided; raises the first failure nobody was told."""
         waiter = self._connection.future()
-        self._session.flush(self._connection.loop.time(), self.state, waiter, timeout)
+        self._session.flush(self._connection.loop.time(), self._state, waiter, timeout)
         self._connection.pump()
         await self._answer(waiter, None)
 
@@ -481,16 +551,15 @@ class NativeProducer:
         except asyncio.CancelledError:
             if waiter.cancelled():
                 if seq is None:
-                    self._session.leave_flush(self.state, waiter)
+                    self._session.leave_flush(self._state, waiter)
                 else:
-                    self._session.detach(self.state, seq, waiter)
+                    self._session.detach(self._state, seq, waiter)
             elif isinstance(error := waiter.exception(), IdemqError):
-                self._session.unheard(self.state, error)  # cancelled in the turn in which the answer came
+                self._session.unheard(self._state, error)  # cancelled in the turn in which the answer came
             raise
 
     def end(self) -> list[Exception]:
-        """Give it up; returns what was never reported."""
-        unreported = self._session.remove(self._connection.loop.time(), self.state)
+        unreported = self._session.remove(self._connection.loop.time(), self._state)
         self._connection.pump()
         return list(unreported)
 

@@ -37,32 +37,32 @@ class Producer:
     @property
     def name(self) -> str:
         """The producer's name; random when none was given."""
-        return self._engine.state.name
+        return self._engine.name
 
     @property
     def id(self) -> int:
         """The broker's number for this name; 0 before it is known."""
-        return self._engine.state.id
+        return self._engine.id
 
     @property
     def epoch(self) -> int:
         """Which opening of the name this is; 0 before it is known."""
-        return self._engine.state.epoch
+        return self._engine.epoch
 
     @property
     def last_seq(self) -> int:
         """The highest number known to be stored; -1: none."""
-        return self._engine.state.last_seq
+        return self._engine.last_seq
 
     @property
     def token(self) -> bytes | None:
         """The token stored last."""
-        return self._engine.state.token
+        return self._engine.token
 
     @property
     def ended(self) -> bool:
         """Was it closed, fenced or forgotten, so that it takes no more messages?"""
-        return self._closed or self._engine.state.error is not None
+        return self._closed or self._engine.ended
 
     async def send(
         self,
@@ -130,7 +130,7 @@ class Producer:
         self._closed = True
         error: IdemqError | None = None
         try:
-            if self._engine.state.queue or self._engine.state.unreported:
+            if self._engine.unsettled:
                 await self._engine.flush(limit)
         except OutcomeUnknown as unknown:
             error = unknown
@@ -138,7 +138,7 @@ class Producer:
             left = self._engine.end()
         if error is not None:
             waiting = f"{len(left)} batches were not answered in time; their outcome is unknown" if left else error.text
-            raise OutcomeUnknown(waiting, seq=self._engine.state.highest)
+            raise OutcomeUnknown(waiting, seq=self._engine.highest_seq)
 
     async def __aenter__(self) -> Producer:
         await self._engine.open(self._timeout)
@@ -160,7 +160,7 @@ class Producer:
         """What takes messages now: a name is opened first, because its numbers go on from those that are stored."""
         if self._closed:
             raise ClientClosed("the producer was closed")
-        if self._named and not self._engine.state.opened:
+        if self._named and not self._engine.opened:
             raise InvalidRequest(f"open the name first: async with client.producer({self.name!r}) as p")
         return self._engine
 
@@ -187,7 +187,7 @@ class Many:
             yield chunk
             sample = [one if isinstance(one, bytes) else one.value for one in chunk[:CHUNK_RECORDS_MIN]]
             mean = RECORD_BYTES + sum(map(len, sample)) / len(sample)
-            size = int(max(1, min(CHUNK_RECORDS_MAX, self._producer._engine.state.batch_bytes // mean)))
+            size = int(max(1, min(CHUNK_RECORDS_MAX, self._producer._engine.batch_bytes // mean)))
 
     async def enqueue(self, chunk: list[bytes | Record]) -> None:
         """Put a chunk in line, when there is room. Raises the first failure of any chunk."""

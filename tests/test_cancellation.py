@@ -467,6 +467,6 @@ async def test_a_failure_after_a_cancelled_flush_is_told_by_the_next() -> None:
         flushing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await flushing
-        await eventually(lambda: not w.p._engine.state.queue)
+        await eventually(lambda: not w.p._engine._state.queue)  # type: ignore[attr-defined]
         with pytest.raises(idemq.UnknownTopic):
             await w.p.flush()

@@ -469,8 +469,8 @@ async def test_a_conflict_is_named_and_ends_the_producer() -> None:
         p, q = mq.producer("p"), other.producer("p")
         await p.__aenter__()
         await p.send("t", b"one", seq=0)
-        q._engine.state.id, q._engine.state.epoch = p.id, p.epoch
-        q._engine.state.opened = True
+        state = q._engine._state  # type: ignore[attr-defined]
+        state.id, state.epoch, state.opened = p.id, p.epoch, True
         with pytest.raises(idemq.SequenceConflict):
             await q.send("t", b"two", seq=0)
         with pytest.raises(idemq.SequenceConflict):
@@ -954,6 +954,32 @@ async def test_partitions_take_turns_and_closing_leaves_no_task() -> None:
         assert {one.partition for one in await take(aiter(sub), 3)} == {0, 1, 2}
         await sub.close()
         assert asyncio.all_tasks() == before
+
+
+@run
+async def test_more_partitions_than_one_fetch_may_ask_for() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq:
+        await mq.create_topic("t", partitions=wire.PARTITIONS_MAX)
+        await mq.create_topic("u", partitions=wire.APPENDS_MAX + 1 - wire.PARTITIONS_MAX)
+        async with mq.subscribe("t", "u") as sub:
+            assert len(sub.assigned) == wire.APPENDS_MAX + 1
+            for topic, partition in (("u", 0), ("t", 0), ("t", wire.PARTITIONS_MAX - 1), ("u", 0)):
+                await mq.send(topic, b"x", partition=partition)
+                assert [(one.topic, one.partition) for one in await take(aiter(sub), 1)] == [(topic, partition)]
+
+
+@pytest.mark.parametrize("partitions_max", [2, wire.APPENDS_MAX])
+@run
+async def test_no_partition_starves_whatever_a_fetch_may_ask_for(
+    monkeypatch: pytest.MonkeyPatch, partitions_max: int
+) -> None:
+    monkeypatch.setattr("idemq.client.consumer.APPENDS_MAX", partitions_max)
+    async with broker() as b, idemq.connect(b.url) as mq:
+        await mq.create_topic("t", partitions=3)
+        for n in range(30):
+            await mq.send("t", b"x", partition=n // 10)
+        async with mq.subscribe("t", prefetch_bytes=1) as sub:  # a fetch brings one batch, and the next comes behind it
+            assert {one.partition for one in await take(aiter(sub), 6)} == {0, 1, 2}
 
 
 @run
