@@ -26,7 +26,7 @@ from .errors import (
     Unsupported,
 )
 from .records import Message, StoredBatch
-from .wire import FETCH_BYTES_MAX, Code
+from .wire import APPENDS_MAX, FETCH_BYTES_MAX, Code
 
 PREFETCH_BYTES = 8 << 20
 """What is read ahead."""
@@ -34,6 +34,8 @@ FETCH_BYTES = 1 << 20
 """What one fetch asks for."""
 FETCH_WAIT_S = 5.0
 """How long the broker keeps a fetch that finds nothing."""
+FETCH_TURN_WAIT_S = 0.1
+"""The same where one fetch cannot ask for every partition: so long do the others wait for their turn."""
 TOPIC_AGE_S_MAX = 30.0
 """A topic's partitions are asked for again after this time: added ones are read from their earliest."""
 
@@ -80,7 +82,7 @@ class Batch(Sequence[Message]):
 class _Partition:
     """Where reading one partition stands."""
 
-    __slots__ = ("bytes", "delivered", "end", "index", "pieces", "position", "topic")
+    __slots__ = ("bytes", "delivered", "end", "index", "pieces", "position", "topic", "turn")
 
     def __init__(self, topic: TopicInfo, index: int, position: int, end: int) -> None:
         self.topic = topic
@@ -93,6 +95,8 @@ class _Partition:
         self.pieces: deque[tuple[StoredBatch, int, int]] = deque()
         """What is fetched and not handed out: batch, first index, behind the last index."""
         self.bytes = 0
+        self.turn = 0
+        """The lowest is asked for first (`Subscription._fetch`)."""
 
 
 class Subscription:
@@ -124,6 +128,7 @@ class Subscription:
         self._ready: deque[_Partition] = deque()
         """Partitions with something to hand out, in turn."""
         self._buffered_bytes = 0
+        self._turn = 0
         self._arrived = asyncio.Event()
         self._wanted = asyncio.Event()
         self._fetching: asyncio.Task[None] | None = None
@@ -355,12 +360,19 @@ class Subscription:
                 if loop.time() - refreshed_at > TOPIC_AGE_S_MAX:
                     await self._find_new_partitions()
                     refreshed_at = loop.time()
-                # Those with the least in the buffer first, so that a full one does not starve the others.
-                ranked = sorted(self._partitions.values(), key=lambda one: one.bytes)
+                # Those with the least in the buffer first, and in turn: neither a full one nor the limits of a fetch
+                # (its partitions, its bytes) starve the others.
+                ranked = sorted(self._partitions.values(), key=lambda one: (one.bytes, one.turn))[:APPENDS_MAX]
                 ranges = [(one.topic.id, one.index, one.position) for one in ranked]
                 bytes_max = min(FETCH_BYTES_MAX, FETCH_BYTES, max(1, self._prefetch_bytes - self._buffered_bytes))
-                for part in await self._engine.fetch(ranges, bytes_max, FETCH_WAIT_S):
+                wait = FETCH_WAIT_S if len(ranked) == len(self._partitions) else FETCH_TURN_WAIT_S
+                parts = await self._engine.fetch(ranges, bytes_max, wait)
+                for part in parts:
                     self._arrive(part)
+                # Whoever got something goes behind the others; with nothing for anybody all that were asked for go.
+                for one in [self._partitions[part.topic_id, part.partition] for part in parts] or ranked:
+                    self._turn += 1
+                    one.turn = self._turn
         except IdemqError as error:
             self._error = error
             self._arrived.set()
