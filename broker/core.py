@@ -941,19 +941,6 @@ class Core:
                 self._delete_producer(row)
 
 
-def found(one: ReadRange, batches: Sequence[tuple[int, int, bytes]]) -> wire.Part:
-    """The part of a Fetched that answers one range of a Read; `batches` are (offset, timestamp_ms, bytes), in order.
-
-    What was trimmed between the decision and the reading is reported as gone, never skipped in silence.
-    """
-    if one.offset < one.next and (not batches or batches[0][0] > one.offset):
-        earliest = batches[0][0] if batches else one.next
-        text = f"offset {one.offset} of partition {one.partition} is gone, the earliest is {earliest}"
-        return wire.Part(one.topic_id, one.partition, earliest, one.next, [], Code.OFFSET_TRUNCATED, text)
-    entries = [wire.BatchAt(offset, timestamp_ms, len(batch)) for offset, timestamp_ms, batch in batches]
-    return wire.Part(one.topic_id, one.partition, one.earliest, one.next, entries)
-
-
 _CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MISMATCH})
 """Refusals after which the bytes of a connection count for nothing more."""
 

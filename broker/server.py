@@ -33,7 +33,8 @@ from idemq.client import wire
 from idemq.client.wire import Code, Failed
 
 from .config import Config
-from .core import Connection, Core, Damaged, Group, Now, Output, Read, ReadRange, Reply, Space, found
+from .core import Connection, Core, Group, Now, Output, Read, Reply, Space
+from .fetches import HotTail, bytes_allowed, collect
 from .store import Storage, StoreFull
 
 log = logging.getLogger("idemq.broker")
@@ -47,14 +48,6 @@ TURN_FRAMES = 256
 """Frames of one connection that are decided before others have their turn."""
 SWEEP_MS = 250
 """How often deadlines of connections are looked at, and so how late they may strike."""
-HOT_BYTES_MAX = 32 << 20
-"""The newest bytes of the log, which are in the page cache: reads of them need no thread."""
-FETCH_BATCHES_MAX = 8 << 10
-"""Batches in one reply, so that its header stays below HEADER_BYTES_MAX (at most 26 bytes a batch)."""
-FETCH_BYTES_MIN = 64 << 10
-"""What a fetch may still get while many other clients do not read their replies."""
-UNSENT_BYTES_MAX = 256 << 20
-"""Replies to fetches that clients have not read yet, all together; beyond, a fetch gets less."""
 LIVE_MS = 1000
 """Somebody writes, if there was a group commit within this time: catch-up reads are then paced."""
 ACCEPT_BACKLOG = 1024
@@ -127,70 +120,6 @@ class _Deadlines:
                 break
             due.append(peer)
         return due
-
-
-class _HotTail:
-    """Which offsets were appended lately, so that their bytes are in the page cache."""
-
-    def __init__(self) -> None:
-        self._appended: deque[tuple[tuple[int, int], int, int]] = deque()
-        self._bytes = 0
-        self._spans: dict[tuple[int, int], tuple[int, int]] = {}
-
-    def add(self, group: Group) -> None:
-        """These batches are the newest now."""
-        for stored in group.appends:
-            key = (stored.topic_id, stored.partition)
-            self._appended.append((key, stored.offset, len(stored.batch)))
-            self._bytes += len(stored.batch)
-            first, _ = self._spans.get(key, (stored.offset, 0))
-            self._spans[key] = (first, stored.offset)
-        while self._bytes > HOT_BYTES_MAX:
-            key, offset, size = self._appended.popleft()
-            self._bytes -= size
-            _, last = self._spans[key]
-            if last == offset:
-                del self._spans[key]
-            else:
-                self._spans[key] = (offset + 1, last)
-
-    def holds(self, one: ReadRange) -> bool:
-        """Is everything from this range's offset on hot?"""
-        span = self._spans.get((one.topic_id, one.partition))
-        return one.offset >= one.next or (span is not None and span[0] <= one.offset)
-
-
-def collect(store: Storage, read: Read, bytes_max: int) -> tuple[list[wire.Part], list[bytes]]:
-    """Read what a fetch asks for: its parts, and the payload behind them.
-
-    The whole stays within `bytes_max`, but for a first batch that alone is larger: a reply is always a legal frame.
-    Ranges share the bytes, so that the first cannot starve the others.
-    """
-    parts: list[wire.Part] = list(read.parts)
-    payload: list[bytes] = []
-    ranges = [one for one in read.ranges if one.offset < one.next]
-    bytes_left = bytes_max
-    for position, one in enumerate(ranges):
-        if bytes_left <= 0 or len(payload) >= FETCH_BATCHES_MAX:
-            break
-        share = max(bytes_left // (len(ranges) - position), 1)
-        try:
-            batches = store.read(one.topic_id, one.partition, one.offset, share, one.next)
-        except Damaged as damage:
-            parts.append(
-                wire.Part(one.topic_id, one.partition, one.earliest, one.next, [], Code.STORE_DAMAGED, str(damage))
-            )
-            continue
-        count = 0
-        for _, _, batch in batches[: FETCH_BATCHES_MAX - len(payload)]:
-            if len(batch) > bytes_left and payload:
-                break
-            bytes_left -= len(batch)
-            payload.append(batch)
-            count += 1
-        if count or not batches:
-            parts.append(found(one, batches[:count]))
-    return parts, payload
 
 
 class _Peer(asyncio.Protocol):
@@ -413,7 +342,9 @@ class _Peer(asyncio.Protocol):
         while self._reads and not (self._stalled or self._reading or self.closing):
             read = self._reads.popleft()
             if self._server.is_hot(read):
-                self._put_fetched(read.correlation, *collect(self._server.store, read, self._server.fetch_bytes(read)))
+                self._put_fetched(
+                    read.correlation, *collect(self._server.store.read, read, self._server.fetch_bytes(read))
+                )
                 self._write()
             else:
                 self._reading = True
@@ -558,7 +489,7 @@ class Server:
         self._timer_ms = 0
         self._alarm = ""
         self._accept_logged_ms = 0
-        self._hot = _HotTail()
+        self._hot = HotTail()
         self._live_until_ms = 0
         self._groups: SimpleQueue[Group | None] = SimpleQueue()
         self._cold_reads: SimpleQueue[tuple[_Peer, Read, int] | None] = SimpleQueue()
@@ -797,8 +728,8 @@ class Server:
         return all(self._hot.holds(one) for one in read.ranges)
 
     def fetch_bytes(self, read: Read) -> int:
-        """What this fetch may get: less, the more clients leave their replies unread."""
-        return min(read.bytes_max, max(FETCH_BYTES_MIN, UNSENT_BYTES_MAX // (1 + len(self.stalls))))
+        """What this fetch may get now."""
+        return bytes_allowed(read, len(self.stalls))
 
     def read_in_thread(self, peer: _Peer, read: Read) -> None:
         """Have this read by the reader thread, which calls the peer's `fetched()` through the loop."""
@@ -811,7 +742,7 @@ class Server:
             if peer.closing:
                 continue
             try:
-                parts, payload = collect(self.store, read, bytes_max)
+                parts, payload = collect(self.store.read, read, bytes_max)
             except BaseException as error:  # noqa: BLE001 - the loop ends the process
                 self.loop.call_soon_threadsafe(self.end, "the store cannot be read", error)
                 return

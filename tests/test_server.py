@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from idemq.broker import fetches
 from idemq.broker import server as server_module
 from idemq.broker.core import Damaged, Group, Read, ReadRange, Space, Stored
+from idemq.broker.fetches import FETCH_BATCHES_MAX, HotTail, collect
 from idemq.broker.producers import ProducerRow
-from idemq.broker.server import FETCH_BATCHES_MAX, _HotTail, collect
 from idemq.broker.store import READ_BATCHES_MAX, MemoryStore, Storage, Store, StoreBroken, StoreFull
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
@@ -227,7 +228,7 @@ def test_damage_is_told_for_its_partition_only(hot: bool) -> None:
         for number in range(4):
             client.call(*client.commit(number, partition=number % 2))
         if not hot:
-            running.server._hot = _HotTail()
+            running.server._hot = HotTail()
         healthy = store.read
 
         def read(topic_id: int, partition: int, *rest: int) -> list[tuple[int, int, bytes]]:
@@ -252,7 +253,7 @@ def test_an_unreadable_store_ends_the_process(hot: bool) -> None:
         client.open()
         client.call(*client.commit(0))
         if not hot:
-            running.server._hot = _HotTail()
+            running.server._hot = HotTail()
         store.read_error = OSError(errno.EIO, "input/output error")
         client.send(Fetch([Range(client.topic_id, 0, 0)], 1000, 0))
         client.expect_closed()
@@ -292,7 +293,7 @@ def test_catching_up_is_paced_while_others_write(live: bool, monkeypatch: pytest
         client.open()
         monkeypatch.setattr(running.server._ending, "wait", waits.append)
         client.call(*client.commit(0, bytes(1 << 20)))
-        running.server._hot = _HotTail()
+        running.server._hot = HotTail()
         running.server._live_until_ms = running.server.now().mono_ms + (60_000 if live else -1)
         assert len(stored_bodies(client)) == 1
     assert [round(seconds, 2) for seconds in waits] == ([1.0] if live else [])
@@ -303,7 +304,7 @@ def test_fetches_get_less_the_more_clients_do_not_read() -> None:
         server = running.server
         read = a_read([], 8 << 20)
         assert server.fetch_bytes(read) == 8 << 20
-        for count, expected in ((255, 1 << 20), (10_000, server_module.FETCH_BYTES_MIN)):
+        for count, expected in ((255, 1 << 20), (10_000, fetches.FETCH_BYTES_MIN)):
             while len(server.stalls) < count:
                 server.stalls.start(server_module._Peer(server), server.now().mono_ms)
             assert server.fetch_bytes(read) == expected
@@ -322,8 +323,8 @@ def stored(offset: int, size: int, partition: int = 0) -> Stored:
 
 
 def test_what_counts_as_hot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HOT_BYTES_MAX", 1000)
-    hot = _HotTail()
+    monkeypatch.setattr(fetches, "HOT_BYTES_MAX", 1000)
+    hot = HotTail()
     assert hot.holds(ReadRange(1, 0, 0, 0, 0))  # nothing to read
     assert not hot.holds(ReadRange(1, 0, 0, 0, 1))
     hot.add(Group(appends=[stored(offset, 100) for offset in range(10, 14)]))
@@ -354,18 +355,18 @@ HEADER = wire.BATCH_HEADER.size
 
 def test_ranges_share_the_bytes_of_a_fetch() -> None:
     store, ranges = filled({0: [100 - HEADER] * 50, 1: [100 - HEADER] * 50, 2: [100 - HEADER] * 3})
-    parts, payload = collect(store, a_read(ranges, 3000), 3000)
+    parts, payload = collect(store.read, a_read(ranges, 3000), 3000)
     assert [(part.partition, len(part.batches)) for part in parts] == [(0, 10), (1, 10), (2, 3)]
     assert sum(map(len, payload)) <= 3000
 
 
 def test_one_larger_batch_is_delivered_alone() -> None:
     store, ranges = filled({0: [5000, 10], 1: [5000], 2: [10]})
-    parts, payload = collect(store, a_read(ranges, 1000), 1000)
+    parts, payload = collect(store.read, a_read(ranges, 1000), 1000)
     assert [(part.partition, len(part.batches)) for part in parts] == [(0, 1)]
     assert [len(batch) for batch in payload] == [5000 + HEADER]
     # Behind something else it waits for the next fetch: two of the largest together would be no legal frame.
-    parts, payload = collect(store, a_read([ranges[2], ranges[1]], 1000), 1000)
+    parts, payload = collect(store.read, a_read([ranges[2], ranges[1]], 1000), 1000)
     assert [(part.partition, part.code, len(part.batches)) for part in parts] == [(2, "", 1)]
 
 
@@ -373,7 +374,7 @@ def test_a_fetch_of_tiny_batches_is_a_legal_frame() -> None:
     count = FETCH_BATCHES_MAX
     store, ranges = filled({0: [1] * 10, 1: [1] * count, 2: [1] * count, 3: [1] * count})
     big = [one._replace(offset=0) for one in ranges]
-    parts, payload = collect(store, a_read(big, wire.FETCH_BYTES_MAX), wire.FETCH_BYTES_MAX)
+    parts, payload = collect(store.read, a_read(big, wire.FETCH_BYTES_MAX), wire.FETCH_BYTES_MAX)
     assert len(payload) <= FETCH_BATCHES_MAX
     worst = [wire.BatchAt(wire.NUMBER_MAX, wire.NUMBER_MAX, wire.COMMIT_BYTES_MAX)] * FETCH_BATCHES_MAX
     text = "x" * 200
@@ -391,7 +392,7 @@ def test_one_read_is_bounded_in_batches(store: Storage) -> None:
 def test_what_was_trimmed_meanwhile_is_reported() -> None:
     store, ranges = filled({0: [10] * 4})
     store._logs[1, 0] = store._logs[1, 0][2:]
-    parts, _ = collect(store, a_read(ranges, 1000), 1000)
+    parts, _ = collect(store.read, a_read(ranges, 1000), 1000)
     assert [(part.code, part.earliest) for part in parts] == [(Code.OFFSET_TRUNCATED, 2)]
 
 

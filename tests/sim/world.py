@@ -13,7 +13,8 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Any
 
-from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply, Space, found
+from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply, Space
+from idemq.broker.fetches import found
 from idemq.broker.store import MemoryStore, StoreBroken
 from idemq.client import wire
 from idemq.client.session import Session, SessionConfig
