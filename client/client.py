@@ -17,8 +17,8 @@ from . import wire
 from .connection import Address, find_token
 from .consumer import PREFETCH_BYTES, Start, Subscription
 from .engine import Engine, NativeEngine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
-from .errors import ClientClosed, IdemqError, InvalidRequest, UnknownProducer, UnknownTopic, Unsupported
-from .producer import GIVE_UP_S, Producer, check_timeout
+from .errors import ClientClosed, InvalidRequest, UnknownProducer, UnknownTopic, Unsupported
+from .producer import Producer, check_timeout, leave
 from .records import Headers, Receipt
 
 DEFAULT_URL = "idemq://localhost:7750"
@@ -265,14 +265,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            await self.close()
-            return
-        try:
-            await self.close(GIVE_UP_S)
-        except IdemqError as left:
-            assert error is not None
-            error.add_note(f"and on leaving: {left}")
+        await leave(self.close, error)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
 
@@ -147,14 +147,7 @@ class Producer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            await self.close()
-            return
-        try:
-            await self.close(GIVE_UP_S)
-        except IdemqError as left:
-            assert error is not None
-            error.add_note(f"and on leaving: {left}")
+        await leave(self.close, error)
 
     def _open_engine(self) -> EngineProducer:
         """What takes messages now: a name is opened first, because its numbers go on from those that are stored."""
@@ -216,6 +209,17 @@ class Many:
         if self._tally.error is not None:
             self._told = True
             raise self._tally.error
+
+
+async def leave(close: Callable[[float | None], Awaitable[None]], error: BaseException | None) -> None:
+    """Leave `async with`. By an `error`: `close` has GIVE_UP_S, and what it raises becomes the error's note."""
+    if error is None:
+        await close(None)
+        return
+    try:
+        await close(GIVE_UP_S)
+    except IdemqError as left:
+        error.add_note(f"and on leaving: {left}")
 
 
 def check_timeout(value: float) -> float:
