@@ -219,10 +219,10 @@ class Store:
             raise StoreBroken("an earlier commit failed: this process must end")
         try:
             return self._commit(group)
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            self._refuse_when_panicked(error)
-            raise StoreFull(f"no room in {self._directory}: {error}") from error
         except Exception as error:
+            if _is_full(error):
+                self._refuse_when_panicked(error)
+                raise StoreFull(f"no room in {self._directory}: {error}") from error
             self._broken = True
             raise StoreBroken(f"a commit failed, its outcome is unknown: {type(error).__name__}: {error}") from error
 
@@ -487,6 +487,13 @@ class Store:
         with self._environment.begin() as txn:
             value = txn.get(where, db=self._tables[Table.OFFSETS])
         return None if value is None else schema.offset_row(where, value)
+
+
+def _is_full(error: Exception) -> bool:
+    """Is there no room: in the map, on the disk, or in the quota, which LMDB's binding tells by its text alone?"""
+    return isinstance(error, lmdb.MapFullError | lmdb.DiskError) or (
+        isinstance(error, lmdb.Error) and str(error).endswith(os.strerror(errno.EDQUOT))
+    )
 
 
 def _items_from(cursor: Any, key: bytes) -> Iterator[tuple[Any, Any]]:
@@ -876,6 +883,16 @@ class MemoryStore:
     def offset(self, key: OffsetKey) -> OffsetRow | None:
         """A group's position."""
         return self._offsets.get(key)
+
+    def offsets_from(self, after: OffsetKey | None, limit: int) -> Sequence[tuple[OffsetKey, OffsetRow]]:
+        """Positions behind `after`, by topic, partition and group."""
+        first = b"" if after is None else schema.offset_key(after)
+        keys = sorted((schema.offset_key(key), key) for key in self._offsets)
+        return [(key, self._offsets[key]) for where, key in keys if where > first][:limit]
+
+    def offset_count(self) -> int:
+        """How many positions there are."""
+        return len(self._offsets)
 
 
 def _offset_of(stored: Stored) -> int:

@@ -3,7 +3,7 @@
     states   every state of the disk that a power cut could leave, at every system call of a recorded run: a sync makes
              earlier writes durable; of the others any subset of their sectors may be there, the file grown or not
     sweep    SIGKILL before the nth system call, for every n; then recover and go on
-    errors   the nth system call fails with ENOSPC or EIO, for every n
+    errors   the nth system call fails with ENOSPC, EDQUOT or EIO, for every n
     flips    single flipped bits: each is noticed or harmless
 
 A process of its own without threads, because it forks for every state: damage may kill who looks at it.
@@ -322,12 +322,12 @@ def sweep(seed: int, commits: int) -> Summary:
 
 
 def errors(seed: int, commits: int) -> Summary:
-    """Fail at every point, once with a full disk and once with a bad one."""
+    """Fail at every point: with a full disk, with a full quota and with a bad disk."""
     groups, contents = workload.history(seed, commits)
     directory = scratch()
     outcomes: collections.Counter[str] = collections.Counter()
     wrong: dict[str, str] = {}
-    for error in (errno.ENOSPC, errno.EIO):
+    for error in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         at = 0
         while True:
             at += 1
