@@ -471,6 +471,7 @@ class Server:
         self.lingering = _Deadlines(LINGER_MS)
         self.address: tuple[str, int] = (config.host, config.port)
         self.stopping = False
+        self._stop_timers: list[asyncio.TimerHandle] = []
         self._listening = False
         self._access_token = access_token
         self._peers: dict[Connection, _Peer] = {}
@@ -540,8 +541,10 @@ class Server:
         self.stopping = True
         self._listener.close()
         last_s = self.config.shutdown_ms_max / 1000
-        self.loop.call_later(last_s / 2, self.cut_all)
-        self.loop.call_later(last_s, self.end, "the disk did not answer in time (shutdown_ms_max)", None)
+        self._stop_timers = [
+            self.loop.call_later(last_s / 2, self.cut_all),
+            self.loop.call_later(last_s, self.end, "the disk did not answer in time (shutdown_ms_max)", None),
+        ]
         self.schedule()
 
     async def wait_closed(self) -> None:
@@ -566,6 +569,8 @@ class Server:
             for peer in list(self._peers.values()):
                 peer.finish()
         if self._group is None and not self._peers and not self.lingering and not self._closed.done():
+            for timer in self._stop_timers:
+                timer.cancel()
             self._closed.set_result(None)
 
     def cut_all(self) -> None:

@@ -381,3 +381,13 @@ def test_retention_that_has_nothing_to_remove_reads_one_row_of_a_partition() -> 
     broker.mono_ms += 3600_000
     broker.core.tick(broker.now())
     assert store.rows_read == 1
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+
+@run
+async def test_a_broker_that_has_stopped_reports_no_failed_end_later() -> None:
+    async with broker(shutdown_ms_max=300) as one:  # fails when the broker says that it failed
+        await one.stop()
+        await asyncio.sleep(0.4)  # beyond what a stop may take
