@@ -474,7 +474,7 @@ def test_a_cut_with_hold_keeps_what_a_slow_broker_did_not_take() -> None:
 
 
 def test_a_cut_with_hold_keeps_what_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idemq.client.testing.LINGER_SECONDS_MAX", 1000.0)  # a stalled reader would not end
+    monkeypatch.setattr("idemq.client.link.LINGER_SECONDS_MAX", 1000.0)  # a stalled reader would not end
 
     async def work() -> None:
         bodies = [b"%d" % number * 1000 for number in range(300)]
@@ -496,8 +496,8 @@ def test_a_cut_with_hold_keeps_what_was_under_way(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idemq.client.testing.HELD_CONNECTIONS_MAX", 2)
-    monkeypatch.setattr("idemq.client.testing.HELD_BYTES_MAX", 10_000)
+    monkeypatch.setattr("idemq.client.link.HELD_CONNECTIONS_MAX", 2)
+    monkeypatch.setattr("idemq.client.link.HELD_BYTES_MAX", 10_000)
 
     async def work() -> None:
         async with server() as (peer, port), Link("127.0.0.1", port) as link:
@@ -513,7 +513,7 @@ def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
                 await old.read_to_end()
             await until(lambda: link.counts.late_drops == 3)
             assert link.held == 1
-            monkeypatch.setattr("idemq.client.testing.HELD_SECONDS_MAX", 0.01)
+            monkeypatch.setattr("idemq.client.link.HELD_SECONDS_MAX", 0.01)
             link.hold_requests()
             async with client(link) as old:
                 await old.send(b"nobody comes back")

@@ -22,7 +22,8 @@ from pathlib import Path
 from random import Random
 
 from ..client import connect
-from ..testing import BrokerProcess, Faults, Link
+from ..link import Faults, Link
+from ..testing import BrokerProcess
 from .arguments import Command, Parser
 from .errors import FAILURE, OK, CommandError
 from .loader import CHUNK, TOPIC, Said, value, write_position
