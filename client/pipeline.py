@@ -229,7 +229,6 @@ class QueuedCommit:
         "bytes",
         "deadline",
         "ever_sent",
-        "in_doubt",
         "last_seq",
         "linger_until",
         "offsets",
@@ -242,6 +241,7 @@ class QueuedCommit:
         "records",
         "refusal",
         "sent",
+        "sent_before",
         "tallies",
         "token",
         "topic",
@@ -277,8 +277,8 @@ class QueuedCommit:
         self.sent = False
         """On the current connection."""
         self.ever_sent = False
-        self.in_doubt = False
-        """Without dedup nothing tells whether an earlier connection's copy was stored."""
+        self.sent_before = False
+        """On an earlier connection: that copy may be stored."""
         self.refusal: Failed | None = None
 
     @property

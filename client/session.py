@@ -188,7 +188,7 @@ class Session:
             producer.refused = False
             producer.retry_at = 0.0
             for commit in producer.queue:
-                commit.in_doubt |= commit.sent and not producer.dedup
+                commit.sent_before |= commit.sent
                 commit.sent = False
                 commit.refusal = None
         if self.error is None:
@@ -1022,7 +1022,10 @@ class Session:
             self._wake(producer.retry_at)
         elif code == Code.PRODUCER_FENCED:
             self._fenced(producer, refusal)
-        elif code in (Code.UNKNOWN_PRODUCER, Code.STORE_REPLACED, Code.SEQUENCE_GAP, Code.SEQUENCE_CONFLICT):
+        elif code in (Code.UNKNOWN_PRODUCER, Code.STORE_REPLACED, Code.SEQUENCE_GAP, Code.SEQUENCE_CONFLICT) or (
+            # What cannot be read may be the producer's row, and then nobody has looked for an earlier copy (C6).
+            code == Code.STORE_DAMAGED and producer.dedup and head.sent_before
+        ):
             error = from_refusal(refusal)
             if code in (Code.SEQUENCE_CONFLICT, Code.SEQUENCE_GAP):
                 # Refused here, so not stored now or later (C5): the numbers no longer fit together.
@@ -1052,7 +1055,7 @@ class Session:
         else:
             if behind and behind[0].frozen:
                 behind[0].prev_seq = head.prev_seq
-            if head.in_doubt:
+            if head.sent_before and not producer.dedup:
                 error = OutcomeUnknown(f"sent again and refused ({error.code}); without dedup it may be stored before")
             self._fail(producer, head, error)
 

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 import idemq
-from idemq import IdemqError, InvalidRequest, OutcomeUnknown, Receipt, Record, UnknownTopic
+from idemq import ChecksumMismatch, IdemqError, InvalidRequest, OutcomeUnknown, Receipt, Record, UnknownTopic
 from idemq.broker.core import Core, Limits, Read, Reply
 from idemq.broker.store import MemoryStore, Store
 from idemq.broker.topics import Mark
 from idemq.client import wire
+from idemq.client.wire import Code
 
 from .raw import Closed, Running
 from .support import Disk, broker, log, run
 from .test_core import Broker
-from .test_session import Script, ready, stored
+from .test_session import Script, ready, refused, stored
 
 # ------------------------------------------------------------------------------------------------ names of producers
 
@@ -317,6 +318,46 @@ def test_many_sends_to_a_topic_fail_though_the_first_takes_others_with_it() -> N
     assert all(isinstance(script.told[waiter], IdemqError) for waiter in "12")
 
 
+@pytest.mark.parametrize("kind", ["counted", "given", "transaction"])
+@pytest.mark.parametrize("sent_before", [False, True])
+def test_a_broker_that_cannot_look_says_nothing_of_an_earlier_copy(kind: str, sent_before: bool) -> None:
+    script, producer = ready(in_flight=3)
+    for n in range(4):
+        if kind == "transaction":
+            script.transact(producer, f"{n}", b"x")
+        else:
+            script.send(producer, f"{n}", seq=n if kind == "given" else None)
+    if sent_before:
+        script.reconnect()  # the first three may be stored, their replies lost
+    for _ in range(3):
+        assert "0" not in script.told, "the answers behind a refusal are awaited"
+        script.answer(refused(Code.STORE_DAMAGED))
+    if sent_before:
+        assert [type(script.told[f"{n}"]) for n in range(4)] == [OutcomeUnknown] * 3 + [ChecksumMismatch]
+        assert isinstance(producer.error, ChecksumMismatch), "nothing more is sent under these numbers"
+    else:
+        assert isinstance(script.told["0"], ChecksumMismatch)
+        assert producer.error is None
+
+
+@pytest.mark.parametrize(
+    ("code", "dedup", "told"),
+    [
+        (Code.UNKNOWN_TOPIC, True, UnknownTopic),  # rule 4: nor will an earlier copy be stored
+        (Code.STORE_DAMAGED, False, OutcomeUnknown),  # no numbers: nothing tells, and nothing follows from it
+    ],
+)
+def test_a_refusal_of_what_was_sent_before_fails_that_alone(code: Code, dedup: bool, told: type[IdemqError]) -> None:
+    script, producer = ready(in_flight=1, dedup=dedup)
+    script.send(producer, "0")
+    script.send(producer, "1")
+    script.reconnect()
+    script.answer(refused(code))
+    assert type(script.told["0"]) is told
+    script.answer(stored(0))
+    assert isinstance(script.told["1"], Receipt)
+
+
 # ------------------------------------------------------------------------------------------------------ the core
 
 
@@ -333,8 +374,8 @@ def test_no_reader_is_told_of_a_deletion_that_is_not_durable() -> None:
     assert isinstance(found, Reply)
     assert isinstance(found.message, wire.OffsetIs)
     broker.make_durable(broker.begin())
-    assert [part.code for part in broker.step(connection, fetch).parts] == [wire.Code.UNKNOWN_TOPIC]
-    assert broker.step(connection, offset_at).message.code == wire.Code.UNKNOWN_TOPIC
+    assert [part.code for part in broker.step(connection, fetch).parts] == [Code.UNKNOWN_TOPIC]
+    assert broker.step(connection, offset_at).message.code == Code.UNKNOWN_TOPIC
 
 
 class Ranges(list[wire.Range]):

@@ -181,7 +181,7 @@ class WatchedSession(Session):
             what = "given numbers" if producer.given else "counted numbers"
         tail = "" if not behind else ", the tail was sent" if behind[0].frozen else ", the tail was not sent"
         COUNTS[f"session: a definite refusal of {what}{tail}"] += 1
-        COUNTS["session: in doubt without dedup"] += head.in_doubt
+        COUNTS["session: in doubt without dedup"] += head.sent_before and not producer.dedup
         super()._fail_definitely(producer, head, error)
 
     def _fenced(self, producer: Any, refusal: Failed) -> None:
