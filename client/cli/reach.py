@@ -20,8 +20,6 @@ from .output import say
 TIMEOUT_S = 10.0
 PATIENCE_S = 1.0
 """After this time without a broker a person is told what is waited for."""
-ADMIN_TOKEN_FILE = "admin.token"
-"""In a broker's data directory: made by its first start beyond loopback."""
 
 T = TypeVar("T")
 
@@ -74,7 +72,9 @@ def _token(args: Namespace, address: Address) -> tuple[str | None, str]:
                 return None, ""
         except ValueError:  # a name, which may be anybody's
             return None, ""
-    path = Path(os.environ.get("IDEMQ_DATA_DIR") or "idemq-data") / ADMIN_TOKEN_FILE
+    from idemq.broker.config import ADMIN_TOKEN_FILE, DATA_DIR
+
+    path = Path(os.environ.get("IDEMQ_DATA_DIR") or DATA_DIR) / ADMIN_TOKEN_FILE
     try:
         return path.read_text(encoding="utf-8").strip() or None, ""
     except FileNotFoundError:
