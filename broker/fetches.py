@@ -85,6 +85,9 @@ def collect(batches_of: ReadBatches, read: Read, bytes_max: int) -> tuple[list[w
                 wire.Part(one.topic_id, one.partition, one.earliest, one.next, [], Code.STORE_DAMAGED, str(damage))
             )
             continue
+        if not batches or batches[0][0] > one.offset:
+            parts.append(found(one, batches))  # it says that they are gone, and has no batches
+            continue
         count = 0
         for _, _, batch in batches[: FETCH_BATCHES_MAX - len(payload)]:
             if len(batch) > bytes_left and payload:
@@ -92,7 +95,7 @@ def collect(batches_of: ReadBatches, read: Read, bytes_max: int) -> tuple[list[w
             bytes_left -= len(batch)
             payload.append(batch)
             count += 1
-        if count or not batches:
+        if count:
             parts.append(found(one, batches[:count]))
     return parts, payload
 

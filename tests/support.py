@@ -1,18 +1,20 @@
-"""What tests of the client share: a broker in the test's own loop, and a check that a client left nothing behind."""
+"""What tests share: a broker in the test's own loop, its core by hand, a check that a client left nothing behind."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import idemq
 from idemq.broker.config import Config
-from idemq.broker.core import Group, Space
+from idemq.broker.core import Connection, Core, Group, Limits, Now, Reply, Space
+from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.server import Server
 from idemq.broker.store import MemoryStore, StoreFull
+from idemq.client import records, wire
 
 SECONDS_MAX = 60.0
 """Whatever takes longer hangs."""
@@ -65,6 +67,103 @@ class Broker:
     def url(self) -> str:
         """Where it is."""
         return f"idemq://127.0.0.1:{self.port}"
+
+
+WALL_MS = 1_700_000_000_000
+
+
+class CoreBroker:
+    """The core alone, on a store in memory: the test says what time it is and when a group is durable."""
+
+    def __init__(self, store: MemoryStore | None = None, **limits: int) -> None:
+        self.store = store if store is not None else MemoryStore()
+        self.core = Core(self.store, Limits(**limits))
+        self.mono_ms = 1
+        self.wall_ms = WALL_MS
+        """What the wall clock shows when the other one shows 0."""
+        self.number = 0
+
+    def connect(self, session: str = "") -> Connection:
+        """A connection that is welcome."""
+        connection = self.core.connect("test")
+        assert isinstance(connection, Connection)
+        welcome = self.core.step(self.now(), connection, 1, wire.Hello(wire.VERSION, "test", "", session), b"")
+        assert isinstance(welcome, Reply)
+        return connection
+
+    def now(self) -> Now:
+        """Both clocks."""
+        return Now(self.mono_ms, self.wall_ms + self.mono_ms)
+
+    def step(self, connection: Connection, request: Any, payload: bytes = b"") -> Any:
+        """Have a request decided: the output, or None while it waits."""
+        self.number += 1
+        return self.core.step(self.now(), connection, self.number, request, payload)
+
+    def begin(self) -> Group:
+        """What is to be made durable now."""
+        group = self.core.begin()
+        assert group is not None
+        return group
+
+    def make_durable(self, group: Group) -> list[Any]:
+        """The answers that waited for it."""
+        outputs = self.core.committed(self.store.commit(group) if group.writes else None)
+        return [output.message if isinstance(output, Reply) else output for output in outputs]
+
+    def ask(self, connection: Connection, request: Any, payload: bytes = b"") -> Any:
+        """A request and its answer, with everything made durable."""
+        answer = self.step(connection, request, payload)
+        if answer is not None:
+            return answer.message if isinstance(answer, Reply) else answer
+        return self.make_durable(self.begin())[-1]
+
+    def tick(self, milliseconds: int) -> None:
+        """Let time pass; what is due then is made durable."""
+        self.mono_ms += milliseconds
+        self.core.tick(self.now())
+        group = self.core.begin()
+        if group is not None:
+            self.make_durable(group)
+
+    def topic(self, connection: Connection, name: str = "t", partitions: int = 1, **settings: Any) -> int:
+        """A topic's id."""
+        made = self.ask(connection, wire.CreateTopic(name, partitions, wire.Settings(**settings), True))
+        topic_id: int = made.topic.topic_id
+        return topic_id
+
+    def open(self, connection: Connection, name: str = "p", *, expected_epoch: int = 0, anonymous: bool = False) -> Any:
+        """Open a name as a session of its own."""
+        return self.ask(connection, wire.Open(name, f"session {self.number}", expected_epoch, anonymous))
+
+    def append(self, connection: Connection, topic_id: int, value: bytes = b"x") -> Any:
+        """One record without a producer."""
+        return self.ask(connection, *commit(None, -1, 0, (topic_id, 0, 0), value=value))
+
+    def hold(self, topic_id: int, group: str = "g", *, next: int = 0) -> OffsetKey:
+        """A position that a group holds in partition 0 of a topic, under the lease 9, as an earlier broker left it."""
+        key = OffsetKey(group, topic_id, 0)
+        self.store.commit(Group(offsets={key: OffsetRow(next, 9, "member", None, 0, 0)}))
+        return key
+
+
+def commit(
+    producer: wire.Opened | None,
+    prev_seq: int,
+    last_seq: int,
+    *appends: tuple[int, int, int],
+    offsets: Sequence[wire.Offset] = (),
+    value: bytes = b"x",
+) -> tuple[wire.Commit, bytes]:
+    """A commit and its payload; `appends`: (topic id, partition, the number of the one record)."""
+    producer_id, epoch = (producer.producer_id, producer.epoch) if producer is not None else (0, 0)
+    body = records.pack([value], None, None, None, wire.Codec.NONE)
+    batches = [
+        wire.make_batch(wire.Codec.NONE, 1, topic_id, partition, producer_id, seq, seq, body)
+        for topic_id, partition, seq in appends
+    ]
+    parts = [wire.Append(one[0], one[1], len(batch)) for one, batch in zip(appends, batches, strict=True)]
+    return wire.Commit(producer_id, epoch, prev_seq, last_seq, parts, list(offsets)), b"".join(batches)
 
 
 @asynccontextmanager

@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply, Space
-from idemq.broker.store import MemoryStore
-from idemq.client import records, wire
+from idemq.broker.core import Read, Space
+from idemq.client import wire
 from idemq.client.wire import Code
 
-WALL_MS = 1_700_000_000_000
-
-
-class Broker:
-    """A core on a store in memory; the test says when a group is durable."""
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.store = MemoryStore()
-        self.core = Core(self.store, limits or Limits())
-        self.mono_ms = 1
-        self.number = 0
-
-    def connect(self, session: str = "") -> Connection:
-        connection = self.core.connect("test")
-        assert isinstance(connection, Connection)
-        welcome = self.core.step(self.now(), connection, 1, wire.Hello(wire.VERSION, "test", "", session), b"")
-        assert isinstance(welcome, Reply)
-        return connection
-
-    def now(self) -> Now:
-        return Now(self.mono_ms, WALL_MS + self.mono_ms)
-
-    def step(self, connection: Connection, request: Any, payload: bytes = b"") -> Any:
-        self.number += 1
-        return self.core.step(self.now(), connection, self.number, request, payload)
-
-    def begin(self) -> Group:
-        group = self.core.begin()
-        assert group is not None
-        return group
-
-    def make_durable(self, group: Group) -> list[Any]:
-        outputs = self.core.committed(self.store.commit(group) if group.writes else None)
-        return [output.message if isinstance(output, Reply) else output for output in outputs]
-
-    def ask(self, connection: Connection, request: Any, payload: bytes = b"") -> Any:
-        """A request and its answer, with everything made durable."""
-        answer = self.step(connection, request, payload)
-        if answer is not None:
-            return answer.message if isinstance(answer, Reply) else answer
-        return self.make_durable(self.begin())[-1]
-
-    def topic(self, connection: Connection, name: str = "t") -> int:
-        made = self.ask(connection, wire.CreateTopic(name, 1, wire.Settings(), True))
-        topic_id: int = made.topic.topic_id
-        return topic_id
-
-    def append(self, connection: Connection, topic_id: int, value: bytes = b"x") -> Any:
-        """One record without a producer."""
-        body = records.pack([value], None, None, None, wire.Codec.NONE)
-        batch = wire.make_batch(wire.Codec.NONE, 1, topic_id, 0, 0, 0, 0, body)
-        return self.ask(connection, wire.Commit(0, 0, -1, 0, [wire.Append(topic_id, 0, len(batch))]), batch)
+from .support import CoreBroker
 
 
 def test_a_reader_is_told_of_a_deletion_when_it_is_durable() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
     broker.append(connection, topic_id)
@@ -83,7 +29,7 @@ def test_a_reader_is_told_of_a_deletion_when_it_is_durable() -> None:
 
 
 def test_space_that_was_freed_from_outside_is_noticed_without_a_write() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
     full = Space(used_bytes=0, disk_bytes=0, txn_id=1)
@@ -97,7 +43,7 @@ def test_space_that_was_freed_from_outside_is_noticed_without_a_write() -> None:
 
 
 def test_a_late_copy_of_an_administrators_request_undoes_nothing() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     old = broker.connect("one client")
     topic_id = broker.topic(old)
     late = wire.AlterTopic(topic_id, 1, wire.Settings(retention_ms=1000))
@@ -116,7 +62,7 @@ def test_a_late_copy_of_an_administrators_request_undoes_nothing() -> None:
 
 
 def test_partitions_never_get_fewer() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
     for partitions in (3, 3):

@@ -12,15 +12,14 @@ import pytest
 
 import idemq
 from idemq import ChecksumMismatch, IdemqError, InvalidRequest, OutcomeUnknown, Receipt, Record, UnknownTopic
-from idemq.broker.core import Core, Limits, Read, Reply
+from idemq.broker.core import Read, Reply
 from idemq.broker.store import MemoryStore, Store
 from idemq.broker.topics import Mark
 from idemq.client import wire
 from idemq.client.wire import Code
 
 from .raw import Running
-from .support import Disk, broker, log, run
-from .test_core import Broker
+from .support import CoreBroker, Disk, broker, log, run
 from .test_session import Script, ready, refused, stored
 
 # ------------------------------------------------------------------------------------------------ names of producers
@@ -353,7 +352,7 @@ def test_a_refusal_of_what_was_sent_before_fails_that_alone(code: Code, dedup: b
 
 
 def test_no_reader_is_told_of_a_deletion_that_is_not_durable() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
     broker.append(connection, topic_id)
@@ -374,7 +373,7 @@ class Ranges(list[wire.Range]):
 
 
 def test_a_closed_connection_keeps_none_of_its_fetches() -> None:
-    broker = Broker()
+    broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
     watched = []
@@ -402,9 +401,7 @@ class Counting(MemoryStore):
 
 
 def test_retention_that_has_nothing_to_remove_reads_one_row_of_a_partition() -> None:
-    broker = Broker()
-    broker.store = store = Counting()
-    broker.core = Core(store, Limits())
+    broker = CoreBroker(store := Counting())
     connection = broker.connect()
     made = broker.ask(connection, wire.CreateTopic("t", 1, wire.Settings(retention_ms=10**9), True))
     for _ in range(50):
