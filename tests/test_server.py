@@ -260,6 +260,37 @@ def test_an_unreadable_store_ends_the_process(hot: bool) -> None:
     assert running.failed
 
 
+class HeldReads(MemoryStore):
+    """Reads only while `go` is set, and says when it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.waiting = threading.Event()
+
+    def read(self, *args: int) -> list[tuple[int, int, bytes]]:
+        self.waiting.set()
+        assert self.go.wait(TIMEOUT_S)
+        return super().read(*args)
+
+
+def test_a_cold_read_for_a_connection_that_was_refused_meanwhile_does_no_harm() -> None:
+    store = HeldReads()
+    with Running(store) as running:
+        with running.connect() as client, running.connect() as other:
+            fetch = Fetch([Range(client.create(), 0, 0)], 1000, 0)
+            client.open()
+            assert isinstance(client.call(*client.commit(0)), Committed)
+            running.server._hot = HotTail()
+            client.send(fetch)
+            assert store.waiting.wait(TIMEOUT_S)
+            client.socket.sendall(b"\xff" * 8)
+            assert isinstance(client.expect()[1], Failed)
+            store.go.set()
+            assert bodies(other.call(fetch), other.payload) == [b"body"]  # read behind the other one
+        assert not running.failed
+
+
 def test_the_log_before_the_start_is_read_by_the_reader_thread(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[str] = []
     healthy = store.read

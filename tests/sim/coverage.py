@@ -242,6 +242,7 @@ class WatchedWorld(World):
 
 
 REQUIRED = [
+    "core: AlterTopic BAD_REQUEST",
     "core: AlterTopic UNKNOWN_TOPIC",
     "core: AlterTopic UNSUPPORTED",
     "core: AlterTopic answered",
