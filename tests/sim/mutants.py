@@ -252,7 +252,7 @@ MUTANTS = [
         "answer.code == Code.CHECKSUM_MISMATCH",
     ),
     _one("a producer opens by its session's name", SESSION, "_open", "producer.instance", "self.config.session"),
-    _one("without dedup a refusal is believed", SESSION, "_fail_definitely", "if head.sent_before and not producer.dedup:", "if False:"),
+    _one("without dedup a refusal is believed", SESSION, "_fail_definitely", "head.sent_before and", "False and"),
     _one(
         "an open race is fought by guessing",
         SESSION,
