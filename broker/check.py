@@ -405,8 +405,10 @@ class _Walk:
             log = self._logs.get((topic_id, partition))
             end = max(topic.floors[partition], log.end if log is not None else 0)
             self._expect(row.next <= end, where, f"its position {row.next} lies beyond the end at {end}")
-            leases = row.ended_lease < row.lease <= self._state.counter
+            self._expect(row.suspects_end <= end, where, f"its suspects end beyond the end at {end}")
+            leases = row.ended_lease < row.lease <= self._state.counter or not (row.ended_lease or row.lease)
             self._expect(leases, where, "its leases do not rise, or lie above the counter")
+            self._expect(bool(row.lease or not row.session), where, f"{row.session!r} holds it without a lease")
 
 
 def _stretches(numbers: array[int]) -> Iterator[_Stretch]:

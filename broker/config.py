@@ -70,6 +70,14 @@ class Config:
         _DEFAULTS.group_bytes_max, wire.COMMIT_BYTES_MAX, 1 << 32, "payload that may wait for one group commit"
     )
     topics_max: int = _number(_DEFAULTS.topics_max, 1, 1_000_000, "topics")
+    offsets_max: int = _number(_DEFAULTS.offsets_max, 1, 1_000_000_000, "positions of groups, one for each partition")
+    group_members_max: int = _number(_DEFAULTS.group_members_max, 1, 100_000, "members of one group")
+    member_timeout_ms: int = _number(
+        _DEFAULTS.member_timeout_ms, 500, 3_600_000, "a member not heard of for so long is gone"
+    )
+    release_ms_max: int = _number(
+        _DEFAULTS.release_ms_max, 100, 3_600_000, "a member has so long to finish what it must give back"
+    )
     producers_max: int = _number(_DEFAULTS.producers_max, 1, 1_000_000_000, "producer names, anonymous ones included")
     connections_max: int = _number(_DEFAULTS.connections_max, 1, 1_000_000, "open client connections")
     fetches_max: int = _number(_DEFAULTS.fetches_max, 1, 128, "fetches that one connection may have waiting")

@@ -23,10 +23,10 @@ from heapq import heappop, heappush
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from idemq.client import wire
-from idemq.client.wire import Code, Failed
+from idemq.client.wire import Code, Failed, TopicPartition
 
 from . import groups, producers, topics
-from .groups import OffsetKey, OffsetRow
+from .groups import ConsumerGroup, Member, OffsetKey, OffsetRow
 from .producers import ProducerRow
 from .topics import Ends, Mark, Partition, TopicRow
 
@@ -42,6 +42,10 @@ TRIM_MS = 1000
 """How often retention and expiry look around when nothing is left to remove."""
 SWEEP_ROWS = 500
 """Producer rows looked at for expiry in one sweep."""
+MEMBERS_MS = 100
+"""How often members of groups are looked at, and so how late their deadlines may strike."""
+SCAN_ROWS = 10_000
+"""Positions looked at for one page of a listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,13 @@ class Limits:
     group_bytes_max: int = 64 << 20
     """Payload waiting for one group commit; more is refused with BUSY."""
     topics_max: int = 10_000
+    offsets_max: int = 1_000_000
+    """Positions of groups, one for each partition that a group reads; refused with QUOTA_EXCEEDED."""
+    group_members_max: int = 1000
+    member_timeout_ms: int = 10_000
+    """A member of a group that is not heard of for so long is gone: others get its partitions."""
+    release_ms_max: int = 10_000
+    """A member that is to give a partition back has so long to finish; then it is taken."""
     producers_max: int = 1_000_000
     """Producer names, anonymous ones included; never evicted, refused with QUOTA_EXCEEDED."""
     connections_max: int = 10_000
@@ -174,6 +185,12 @@ class Rows(Protocol):
     def offset(self, key: OffsetKey) -> OffsetRow | None:
         """A group's position."""
 
+    def offsets_from(self, after: OffsetKey | None, limit: int) -> Sequence[tuple[OffsetKey, OffsetRow]]:
+        """Positions behind `after`, by topic, partition and group."""
+
+    def offset_count(self) -> int:
+        """How many positions there are."""
+
 
 @dataclass(slots=True, eq=False)
 class Connection:
@@ -234,6 +251,15 @@ class _Waiter:
 _ANSWERED = wire.Fetch([], 1, 0)
 
 
+class _Waiting(NamedTuple):
+    """A heartbeat that waits for something to change."""
+
+    connection: Connection
+    correlation: int
+    reported: dict[TopicPartition, wire.Held]
+    deadline_ms: int
+
+
 class Core:
     """See the file's head. Not thread-safe: one caller, one call at a time."""
 
@@ -265,6 +291,10 @@ class Core:
         self._waiters: dict[tuple[int, int], list[_Waiter]] = {}
         self._deadlines: list[tuple[int, int, _Waiter]] = []
         self._waiter_number = 0
+        self._groups: dict[str, ConsumerGroup] = {}
+        self._members_at_ms = 0
+        self._holders_known_ms: int | None = None
+        """Until then a holder that is not heard of yet may still come back: this broker has only just started."""
         self._clock_offset_ms: int | None = None
         self._paused_until_ms = 0
         self._swept_to = 0
@@ -331,12 +361,15 @@ class Core:
         reply = Reply(connection, correlation, answer, close)
         if not facts.decided:
             return reply
-        # Rule 9, for refusals too: what is being decided belongs to the group being built, else to the one in flight.
+        self._release(reply)
+        return None
+
+    def _release(self, reply: Reply) -> None:
+        """Rule 9, for refusals too: what is being decided belongs to the group being built, else to that in flight."""
         group = self._building
         if not group.writes and self._in_flight is not None:
             group = self._in_flight
         group.replies.append(reply)
-        return None
 
     def _is_stale(self, connection: Connection, request: Any) -> bool:
         """Rule 4 for what is no commit: a copy from an older connection, read late, must not undo what followed."""
@@ -394,7 +427,12 @@ class Core:
             more = self._trim(now)
             self._sweep(now)
             self._trim_at_ms = now.mono_ms + (1 if more else TRIM_MS)
+        if self._groups and self._members_at_ms <= now.mono_ms:
+            self._watch_members(now)
+            self._members_at_ms = now.mono_ms + MEMBERS_MS
         deadline = self._deadlines[0][0] if self._deadlines else self._trim_at_ms
+        if self._groups:
+            deadline = min(deadline, self._members_at_ms)
         return min(deadline, max(self._trim_at_ms, now.mono_ms + 1)), outputs
 
     # ------------------------------------------------------------------------------------------ decided rows
@@ -655,23 +693,316 @@ class Core:
         partition.timestamp_ms = timestamp_ms
         return wire.Position(offset, timestamp_ms)
 
-    def _grant(
-        self, now: Now, connection: Connection, correlation: int, request: wire.Grant, payload: bytes
-    ) -> wire.Granted | Failed:
+    # ------------------------------------------------------------------------------------------------- groups
+
+    def _heartbeat(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Heartbeat, payload: bytes
+    ) -> wire.Assignment | Failed | None:
+        for topic_id in request.topics:
+            if self._topic(topic_id) is None:
+                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} (any more)")
+        known = self._groups.get(request.group)
+        group = known or ConsumerGroup()
+        member = group.members.get(request.member)
+        if member is None and len(group.members) >= self._limits.group_members_max:
+            limit = self._limits.group_members_max
+            return Failed(Code.QUOTA_EXCEEDED, f"group {request.group!r} has {limit} members (group_members_max)")
+        begun = self._beginning(request)
+        if type(begun) is Failed:
+            return begun
+        assert isinstance(begun, dict)
+        for position, row in begun.items():
+            self._put_offset(position, row)
+        self._groups[request.group] = group
+        if self._holders_known_ms is None:
+            self._holders_known_ms = now.mono_ms + self._limits.member_timeout_ms
+        wanted = frozenset(request.topics)
+        changed = member is None or member.topics != wanted
+        if member is None:
+            member = group.members[request.member] = Member(request.member)
+        elif member.waiting is not None:
+            self._answer_heartbeat(member, self._nothing_changed())
+        member.client, member.address = connection.client, connection.address
+        member.topics, member.in_hand_max, member.seen_ms = wanted, request.in_hand_max, now.mono_ms
+        reported = {TopicPartition(held.topic_id, held.partition): held for held in request.held}
+        changed |= self._take_report(request.group, group, member, reported)
+        if not wanted:
+            for key in list(member.held):
+                self._give_back(request.group, group, key)
+            del group.members[member.name]
+        if changed:
+            self._rebalance(now, request.group, group)
+        if not wanted:
+            return self._nothing_changed()
+        answer = self._assignment(now, request.group, group, member, reported)
+        if not request.wait_ms or not _is_nothing(answer):
+            return answer
+        member.waiting = _Waiting(connection, correlation, reported, now.mono_ms + request.wait_ms)
+        return None
+
+    def _beginning(self, request: wire.Heartbeat) -> dict[OffsetKey, OffsetRow] | Failed:
+        """The rows with which a group begins in topics that are new to it."""
+        rows: dict[OffsetKey, OffsetRow] = {}
+        for topic_id in request.topics:
+            if self._offset(OffsetKey(request.group, topic_id, 0)) is not None:
+                continue  # partitions that were added later begin when they are granted, at their earliest
+            for index in range(len(self._topics[topic_id].floors)):
+                partition = self._partition(topic_id, index)
+                start = request.start_offset
+                if start is None:
+                    found = self._rows.offset_at(topic_id, index, request.start_ms) if request.start_ms else 0
+                    start = max(partition.durable_next if found is None else found, partition.earliest)
+                elif start > partition.durable_next:
+                    name, end = self._topics[topic_id].name, partition.durable_next
+                    return Failed(
+                        Code.BAD_REQUEST, f"partition {index} of topic {name!r} ends at {end}, before {start}"
+                    )
+                rows[OffsetKey(request.group, topic_id, index)] = OffsetRow(start, 0, "", None, 0, 0)
+        return self._offsets_full(len(rows)) or rows
+
+    def _offsets_full(self, wanted: int) -> Failed | None:
+        if not wanted:
+            return None
+        undurable = len(self._building.offsets) + (len(self._in_flight.offsets) if self._in_flight is not None else 0)
+        limit = self._limits.offsets_max
+        if self._rows.offset_count() + undurable + wanted > limit:
+            return Failed(Code.QUOTA_EXCEEDED, f"this broker keeps {limit} positions of groups (offsets_max)")
+        return None
+
+    def _take_report(
+        self, name: str, group: ConsumerGroup, member: Member, reported: dict[TopicPartition, wire.Held]
+    ) -> bool:
+        """What a member says it holds, against what is known. Returns whether that changes who should hold what.
+
+        What it does not report it has given back; but if it is still to hold it, it has only not heard of it yet.
+        """
+        changed = False
+        for key in list(member.held):
+            if key not in reported and group.targets.get(key) != member.name:
+                self._give_back(name, group, key)
+                changed = True
+        for key, held in reported.items():
+            if key in group.holders:
+                continue
+            # After a start of this broker, or of a member that was thought to be gone and that nobody has replaced.
+            position = OffsetKey(name, *key)
+            row = self._offset(position)
+            if row is not None and row.lease == held.lease and row.session in ("", member.name):
+                group.hold(member, key, held.lease)
+                changed = True
+                if not row.session:
+                    self._put_offset(position, row._replace(session=member.name))
+        return changed
+
+    def _give_back(self, name: str, group: ConsumerGroup, key: TopicPartition) -> None:
+        group.drop(key)
+        position = OffsetKey(name, *key)
+        row = self._offset(position)
+        if row is not None:
+            self._put_offset(position, groups.released(row))
+
+    def _assignment(
+        self,
+        now: Now,
+        name: str,
+        group: ConsumerGroup,
+        member: Member,
+        reported: dict[TopicPartition, wire.Held],
+    ) -> wire.Assignment:
+        """What is to be changed for a member; what is free and should be its own is granted (rule 14)."""
+        lost = [key for key, held in reported.items() if member.held.get(key) != held.lease]
+        revoked = [key for key in member.releasing if key in reported and not reported[key].releasing]
+        leases: list[wire.Lease] = []
+        bytes_left = PAGE_BYTES_MAX
+        for key, target in group.targets.items():
+            if target != member.name or (key in reported and member.held.get(key) == reported[key].lease):
+                continue
+            position = OffsetKey(name, *key)
+            row = self._offset(position)
+            if key not in member.held:
+                if key in group.holders or len(member.held) >= wire.LEASES_MAX:
+                    continue
+                if row is None:
+                    if self._offsets_full(1):
+                        continue
+                    row = OffsetRow(self._partition(*key).earliest, 0, "", None, 0, 0)
+                assert self._holders_known_ms is not None
+                if row.session not in ("", member.name) and now.mono_ms < self._holders_known_ms:
+                    continue
+                row = groups.granted(row, member.name, self._counter + 1)
+                if row.lease > self._counter:
+                    self._number()
+                self._put_offset(position, row)
+                group.hold(member, key, row.lease)
+            assert row is not None
+            bytes_left -= 64 + len(row.metadata or b"")
+            if bytes_left < 0 and leases:
+                break
+            leases.append(wire.Lease(*key, row.lease, row.next, row.attempts, row.suspects_end, row.metadata))
+        return wire.Assignment(leases, revoked, lost, self._limits.member_timeout_ms)
+
+    def _nothing_changed(self) -> wire.Assignment:
+        return wire.Assignment([], [], [], self._limits.member_timeout_ms)
+
+    def _answer_heartbeat(self, member: Member, answer: wire.Assignment | Failed) -> None:
+        waiting, member.waiting = member.waiting, None
+        if not waiting.connection.closed:
+            self._release(Reply(waiting.connection, waiting.correlation, answer))
+
+    def _rebalance(self, now: Now, name: str, group: ConsumerGroup) -> None:
+        """Members, topics or partitions have changed: decide anew, and tell those who wait."""
+        subscribed = {topic_id for member in group.members.values() for topic_id in member.topics}
+        partitions = {row.topic_id: len(row.floors) for row in map(self._topic, subscribed) if row is not None}
+        group.rebalance(partitions, now.mono_ms + self._limits.release_ms_max)
+        self._settle(now, name, group)
+        if not group.members:
+            del self._groups[name]
+
+    def _settle(self, now: Now, name: str, group: ConsumerGroup) -> None:
+        """Whoever waits and has something to be changed is told."""
+        for member in group.members.values():
+            if member.waiting is None:
+                continue
+            gone = next((topic_id for topic_id in member.topics if self._topic(topic_id) is None), None)
+            if gone is not None:
+                self._answer_heartbeat(member, Failed(Code.UNKNOWN_TOPIC, f"topic {gone} was deleted"))
+                continue
+            answer = self._assignment(now, name, group, member, member.waiting.reported)
+            if not _is_nothing(answer):
+                self._answer_heartbeat(member, answer)
+
+    def _topic_changed(self, now: Now, topic_id: int) -> None:
+        for name, group in list(self._groups.items()):
+            if any(topic_id in member.topics for member in group.members.values()):
+                for key in [key for key in group.holders if key.topic_id == topic_id and self._topic(topic_id) is None]:
+                    group.drop(key)
+                self._rebalance(now, name, group)
+
+    def _watch_members(self, now: Now) -> None:
+        """Members that are not heard of, partitions that are not given back, heartbeats that waited long enough."""
+        known = self._holders_known_ms is not None and self._members_at_ms <= self._holders_known_ms <= now.mono_ms
+        for name, group in list(self._groups.items()):
+            gone = [
+                member
+                for member in group.members.values()
+                if member.seen_ms + self._limits.member_timeout_ms <= now.mono_ms
+            ]
+            for member in gone:
+                self._end_uncleanly(name, group, member)
+                del group.members[member.name]
+            late = [
+                key
+                for member in group.members.values()
+                for key, until_ms in member.releasing.items()
+                if until_ms <= now.mono_ms
+            ]
+            for key in late:
+                self._give_back(name, group, key)
+            if gone:
+                self._rebalance(now, name, group)
+            elif late or known:
+                self._settle(now, name, group)
+            for member in group.members.values():
+                if member.waiting is not None and member.waiting.deadline_ms <= now.mono_ms:
+                    self._answer_heartbeat(member, self._nothing_changed())
+
+    def _end_uncleanly(self, name: str, group: ConsumerGroup, member: Member) -> None:
+        """Whatever a member that vanished held is free, and what it may have had in hand is remembered."""
+        rows = {key: self._offset(OffsetKey(name, *key)) for key in member.held}
+        ends = {key: self._partition(*key).next for key in member.held}
+        in_hand = sum(max(ends[key] - row.next, 0) for key, row in rows.items() if row is not None)
+        for key, row in rows.items():
+            group.drop(key)
+            if row is not None and row.session == member.name:
+                ended = groups.ended_uncleanly(row, ends[key], member.in_hand_max, in_hand == 1)
+                self._put_offset(OffsetKey(name, *key), ended)
+
+    def _seek(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Seek, payload: bytes
+    ) -> wire.Sought | Failed:
         refusal = self._lacking(request.topic_id, request.partition)
         if refusal is not None:
             return refusal
-        key = OffsetKey(request.group, request.topic_id, request.partition)
-        row = self._offset(key)
-        start = self._partition(request.topic_id, request.partition).earliest
-        granted = groups.granting(row, request, self._counter + 1, start)
-        if type(granted) is Failed:
-            return granted
-        assert isinstance(granted, OffsetRow)
-        if granted is not row:
+        end = self._partition(request.topic_id, request.partition).durable_next
+        if request.to > end:
+            return Failed(Code.BAD_REQUEST, f"position {request.to} lies beyond the partition's end at {end}")
+        position = OffsetKey(request.group, request.topic_id, request.partition)
+        row = self._offset(position)
+        if row is None:
+            refusal = self._offsets_full(1)
+            if refusal is not None:
+                return refusal
+        sought = groups.sought(row, request, self._counter + 1)
+        if type(sought) is Failed:
+            return sought
+        assert isinstance(sought, OffsetRow)
+        if sought is not row:
             self._number()
-            self._put_offset(key, granted)
-        return wire.Granted(granted.lease, granted.next, granted.metadata)
+            self._put_offset(position, sought)
+            group, key = self._groups.get(request.group), TopicPartition(request.topic_id, request.partition)
+            holder = group.holders.get(key) if group is not None else None
+            if group is not None and holder is not None:
+                if holder.name == request.member:
+                    holder.held[key] = sought.lease
+                else:
+                    group.drop(key)
+                    self._settle(now, request.group, group)
+        return wire.Sought(sought.lease, sought.next)
+
+    def _list_offsets(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Offsets, payload: bytes
+    ) -> wire.OffsetsAre:
+        after = None if request.after is None else OffsetKey(request.after.group, *request.after[:2])
+        entries: list[wire.OffsetEntry] = []
+        bytes_left = PAGE_BYTES_MAX
+        stored = self._rows.offsets_from(after, SCAN_ROWS)
+        more = len(stored) == SCAN_ROWS
+        for key, committed in stored:
+            row = self._offsets.get(key, committed)
+            if row is not None and request.group in (None, key.group):
+                bytes_left -= 128 + 4 * (len(key.group) + len(row.session)) + len(row.metadata or b"")
+                if entries and (bytes_left < 0 or len(entries) == wire.NAMES_MAX):
+                    more = True
+                    break
+                entries.append(wire.OffsetEntry(*key, row.next, row.lease, row.session, row.attempts, row.metadata))
+            after = key
+        return wire.OffsetsAre(
+            entries, wire.OffsetAfter(after.topic_id, after.partition, after.group) if more and after else None
+        )
+
+    def _list_members(
+        self, now: Now, connection: Connection, correlation: int, request: wire.Members, payload: bytes
+    ) -> wire.MembersAre:
+        behind = (request.after_group, request.after_member)
+        members = sorted(
+            [
+                (name, member.name, member)
+                for name, group in self._groups.items()
+                for member in group.members.values()
+                if request.group in (None, name) and (name, member.name) > behind
+            ],
+            key=lambda one: one[:2],
+        )
+        page, more = _page(members, lambda one: 128 + 8 * len(one[0]) + 16 * len(one[2].held))
+        entries = [
+            wire.MemberEntry(name, member.name, member.client, member.address, sorted(member.held))
+            for name, _, member in page
+        ]
+        return wire.MembersAre(entries, more)
+
+    def _delete_offsets(
+        self, now: Now, connection: Connection, correlation: int, request: wire.DeleteOffsets, payload: bytes
+    ) -> wire.Done | Failed:
+        if request.group in self._groups:
+            return Failed(Code.BAD_REQUEST, f"group {request.group!r} has members: stop them first")
+        row = self._topics.get(request.topic_id)
+        for index in range(len(row.floors) if row is not None else 0):
+            key = OffsetKey(request.group, request.topic_id, index)
+            if self._offset(key) is not None:
+                self._offsets[key] = self._building.offsets[key] = None
+        return wire.Done()
+
+    # ------------------------------------------------------------------------------------------------- topics
 
     def _create_topic(
         self, now: Now, connection: Connection, correlation: int, request: wire.CreateTopic, payload: bytes
@@ -713,6 +1044,8 @@ class Core:
         altered = row._replace(settings=request.settings, floors=row.floors + grown)
         if altered != row:
             self._write_topic(altered)
+        if grown:
+            self._topic_changed(now, row.topic_id)
         return wire.TopicIs(self._topic_entry(altered))
 
     def _delete_topic(
@@ -725,6 +1058,7 @@ class Core:
             return wire.Done()
         del self._topic_ids[row.name]
         self._write_topic(row._replace(deleted=True))
+        self._topic_changed(now, row.topic_id)
         self._trim_at_ms = 0
         return wire.Done()
 
@@ -957,6 +1291,10 @@ def _page(rows: Iterable[Row], size: Callable[[Row], int]) -> tuple[list[Row], b
     return page, False
 
 
+def _is_nothing(answer: wire.Assignment) -> bool:
+    return not (answer.leases or answer.revoked or answer.lost)
+
+
 def _unsupported(settings: wire.Settings) -> Failed | None:
     if settings.dedup_window_ms is not None:
         return Failed(Code.UNSUPPORTED, "dedup_window (message ids) is not offered yet")
@@ -980,7 +1318,11 @@ _HANDLERS: dict[type[Any], _Handler] = {
     wire.Ping: Core._ping,
     wire.Commit: Core._commit,
     wire.Open: Core._open,
-    wire.Grant: Core._grant,
+    wire.Heartbeat: Core._heartbeat,
+    wire.Seek: Core._seek,
+    wire.Offsets: Core._list_offsets,
+    wire.Members: Core._list_members,
+    wire.DeleteOffsets: Core._delete_offsets,
     wire.CreateTopic: Core._create_topic,
     wire.AlterTopic: Core._alter_topic,
     wire.DeleteTopic: Core._delete_topic,

@@ -443,7 +443,7 @@ def _keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
 
 
-_LISTINGS = (wire.Metadata, wire.Producers)
+_LISTINGS = (wire.Metadata, wire.Producers, wire.Offsets, wire.Members)
 """Small requests with large replies."""
 
 

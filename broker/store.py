@@ -488,6 +488,21 @@ class Store:
             value = txn.get(where, db=self._tables[Table.OFFSETS])
         return None if value is None else schema.offset_row(where, value)
 
+    def offsets_from(self, after: OffsetKey | None, limit: int) -> Sequence[tuple[OffsetKey, OffsetRow]]:
+        """Positions behind `after`, by topic, partition and group. Raises Damaged."""
+        first = b"" if after is None else schema.offset_key(after) + b"\x00"
+        with self._environment.begin() as txn, txn.cursor(self._tables[Table.OFFSETS]) as cursor:
+            return [
+                (schema.offset_key_of(bytes(key)), schema.offset_row(bytes(key), value))
+                for key, value in islice(_items_from(cursor, first), limit)
+            ]
+
+    def offset_count(self) -> int:
+        """How many positions there are."""
+        with self._environment.begin() as txn:
+            count: int = txn.stat(self._tables[Table.OFFSETS])["entries"]
+        return count
+
 
 def _is_full(error: Exception) -> bool:
     """Is there no room: in the map, on the disk, or in the quota, which LMDB's binding tells by its text alone?"""

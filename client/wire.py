@@ -54,6 +54,10 @@ APPENDS_MAX = 1024
 """Batches (and offset entries) in one commit, partitions in one fetch."""
 PARTITIONS_MAX = 1024
 """Partitions of one topic."""
+LEASES_MAX = 4096
+"""Partitions that one member of a group holds."""
+SUBSCRIBED_MAX = 256
+"""Topics of one subscription."""
 NAMES_MAX = 1000
 """Names in one metadata request, rows in one page of a listing."""
 ITEMS_MAX = 1 << 17
@@ -268,6 +272,8 @@ class Offset(NamedTuple):
     start: Count
     end: Count
     metadata: Token | None = None
+    attempts: Count | None = None
+    """Failed attempts at the message at `end`; None leaves them, and a position that moves has none."""
 
 
 class Commit(NamedTuple):
@@ -320,23 +326,92 @@ class Opened(NamedTuple):
     token: Token | None
 
 
-class Grant(NamedTuple):
-    """Take the lease of one partition for a group: a compare-and-swap, as Open is (PROTOCOL rule 14)."""
+class TopicPartition(NamedTuple):
+    """Names one partition."""
+
+    topic_id: Id
+    partition: PartitionIndex
+
+
+class Held(NamedTuple):
+    """A partition that a member of a group holds, by its own account."""
+
+    topic_id: Id
+    partition: PartitionIndex
+    lease: Id
+    releasing: bool = False
+    """The member knows that it must give the partition back, and is finishing."""
+
+
+class Heartbeat(NamedTuple):
+    """I am a member of this group, and this is what I hold. It joins, stays, gives back, and without topics leaves.
+
+    Answered as soon as something is to be changed in what the member holds, at the latest after `wait_ms`; a newer
+    one of the same member answers it at once. It says how things are, so repeating it does no harm.
+    """
+
+    group: Name
+    member: Name
+    """Random, one for each subscription."""
+    topics: Annotated[list[Id], _Items(SUBSCRIBED_MAX)]
+    held: Annotated[list[Held], _Items(LEASES_MAX)]
+    start_ms: Millis = 0
+    """Where the group begins in a topic that is new to it: at the first message stored at or after this time."""
+    start_offset: Count | None = None
+    """Or at this offset."""
+    in_hand_max: Count = 0
+    """The member's promise: so many messages of a partition, at most, are in its hands behind the position; and one
+    below a lease's `suspects_end` is in its hands alone, its attempt stored before. 0: no promise, nobody is blamed."""
+    wait_ms: Annotated[int, _Range(0, WAIT_MS_MAX)] = 0
+
+
+class Lease(NamedTuple):
+    """A partition that a member holds from now on, and where it goes on."""
+
+    topic_id: Id
+    partition: PartitionIndex
+    lease: Id
+    next: Count
+    attempts: Count
+    """Failed attempts at the message at `next`."""
+    suspects_end: Count
+    """Below it messages may have been in hand when a member ended uncleanly: they are handled one at a time."""
+    metadata: Token | None
+
+
+class Assignment(NamedTuple):
+    """Reply to Heartbeat: what is to be changed. All lists empty: nothing."""
+
+    leases: Annotated[list[Lease], _Items(LEASES_MAX)]
+    """Held from now on (or held already, and missing from the report)."""
+    revoked: Annotated[list[TopicPartition], _Items(LEASES_MAX)]
+    """Finish and commit what is in hand, then give back: report it no more."""
+    lost: Annotated[list[TopicPartition], _Items(LEASES_MAX)]
+    """Reported, and no longer held under that lease: nothing can be committed there."""
+    member_timeout_ms: Millis
+    """Without a heartbeat for so long a member counts as gone."""
+
+
+class Seek(NamedTuple):
+    """Set a group's position in one partition under a new lease: a compare-and-swap on the lease, as Open is."""
 
     group: Name
     topic_id: Id
     partition: PartitionIndex
-    session: Name
+    nonce: Name
+    """Random: the repetition of this request is told from another's."""
     expected_lease: Count
-    """0: the group has no row for this partition yet."""
+    """0: never held, or no position there yet."""
+    to: Count
+    member: Text = ""
+    """The member that holds the partition and goes on holding it, if it is the one who asks."""
 
 
-class Granted(NamedTuple):
-    """The lease, and where to go on."""
+class Sought(NamedTuple):
+    """The position is set, under this lease."""
 
     lease: Id
     next: Count
-    metadata: Token | None
 
 
 class Settings(NamedTuple):
@@ -510,6 +585,76 @@ class DeleteProducer(NamedTuple):
     epoch: Id
 
 
+class OffsetAfter(NamedTuple):
+    """A place in the order of stored positions."""
+
+    topic_id: Id
+    partition: PartitionIndex
+    group: Name
+
+
+class OffsetEntry(NamedTuple):
+    """A group's position in one partition as it is stored."""
+
+    group: Name
+    topic_id: Id
+    partition: PartitionIndex
+    next: Count
+    lease: Count
+    """0: never held."""
+    holder: Text
+    """The member that holds it; empty: nobody."""
+    attempts: Count
+    metadata: Token | None
+
+
+class Offsets(NamedTuple):
+    """Positions of one group; None: of all. A page of them, behind `after`."""
+
+    group: Name | None
+    after: OffsetAfter | None = None
+
+
+class OffsetsAre(NamedTuple):
+    """Reply to Offsets; `after`: ask again with it (this page may be empty). None: that was the last."""
+
+    offsets: Annotated[list[OffsetEntry], _Items(NAMES_MAX)]
+    after: OffsetAfter | None
+
+
+class MemberEntry(NamedTuple):
+    """A member of a group, alive as far as the broker knows."""
+
+    group: Name
+    member: Name
+    client: Text
+    """As it called itself."""
+    address: Text
+    held: Annotated[list[TopicPartition], _Items(LEASES_MAX)]
+
+
+class Members(NamedTuple):
+    """Members of one group; None: of all. A page of them, behind (group, member)."""
+
+    group: Name | None
+    after_group: Text = ""
+    after_member: Text = ""
+
+
+class MembersAre(NamedTuple):
+    """Reply to Members; `more`: ask again behind the last."""
+
+    members: Annotated[list[MemberEntry], _Items(NAMES_MAX)]
+    more: bool
+
+
+class DeleteOffsets(NamedTuple):
+    """Forget a group's positions in a topic. BAD_REQUEST while the group has members. Idempotent."""
+
+    group: Name
+    topic_id: Id
+
+
 class Failed(NamedTuple):
     """Any request's refusal. `details` are for programs: WIRE.md says which come with which code."""
 
@@ -533,7 +678,7 @@ REQUESTS: dict[type[Any], Facts] = {
     Ping: Facts(2, Pong, 66, False),
     Commit: Facts(3, Committed, 67, True),
     Open: Facts(4, Opened, 68, True),
-    Grant: Facts(5, Granted, 69, True),
+    Seek: Facts(19, Sought, 79, True),
     CreateTopic: Facts(6, TopicIs, 70, True),
     AlterTopic: Facts(7, TopicIs, 70, True),
     DeleteTopic: Facts(8, Done, 71, True),
@@ -543,6 +688,10 @@ REQUESTS: dict[type[Any], Facts] = {
     OffsetAt: Facts(12, OffsetIs, 74, False),
     Producers: Facts(13, ProducersAre, 75, True),
     DeleteProducer: Facts(14, Done, 71, True),
+    Heartbeat: Facts(15, Assignment, 76, True),
+    Offsets: Facts(16, OffsetsAre, 77, True),
+    Members: Facts(17, MembersAre, 78, True),
+    DeleteOffsets: Facts(18, Done, 71, True),
 }
 FAILED_CODE = 64
 

@@ -189,6 +189,18 @@ BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
         lambda rows: rows.offsets.update({OffsetKey("g", 1, 0): OffsetRow(6, COUNTER + 1, "s", None, 49, 3)}),
         "its leases do not rise",
     ),
+    "a lease that never was, and a lease before it": (
+        lambda rows: rows.offsets.update({OffsetKey("g", 1, 0): OffsetRow(6, 0, "", None, 49, 3)}),
+        "its leases do not rise",
+    ),
+    "a holder without a lease": (
+        lambda rows: rows.offsets.update({OffsetKey("g", 1, 0): OffsetRow(6, 0, "s", None, 0, 0)}),
+        "'s' holds it without a lease",
+    ),
+    "suspects beyond the end": (
+        lambda rows: rows.offsets.update({OffsetKey("g", 1, 0): OffsetRow(6, 50, "", None, 49, 3, 0, 7)}),
+        "its suspects end beyond the end at 6",
+    ),
     "a topic's id": (
         lambda rows: rows.topics.update({COUNTER + 1: rows.topics[2]._replace(topic_id=COUNTER + 1, name="x")}),
         "its id lies above the counter",
@@ -400,6 +412,7 @@ def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) ->
     assert repr(found) == lzma.decompress((golden / "content.txt.xz").read_bytes()).decode().strip()
     assert len(found[3]) > 1, "it has topics"
     assert len(found[7]) > 5, "it has producers"
+    assert any(row.session and row.suspects_end for _, row in found[9]), "it has positions, held, with suspects"
 
 
 def test_every_format_has_its_directory() -> None:

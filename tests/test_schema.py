@@ -41,7 +41,9 @@ producers = st.builds(
     st.lists(st.builds(Takeover, numbers, st.integers(-1, NUMBER_MAX)), max_size=4).map(tuple),
     st.lists(results, max_size=32).map(tuple),
 )
-offsets = st.builds(OffsetRow, numbers, numbers, names, st.none() | st.binary(max_size=100), numbers, numbers)
+offsets = st.builds(
+    OffsetRow, numbers, numbers, names, st.none() | st.binary(max_size=100), numbers, numbers, numbers, numbers, names
+)
 limits = st.none() | st.integers(1, NUMBER_MAX)
 topics = st.builds(
     TopicRow,
@@ -57,7 +59,7 @@ ROW = ProducerRow(
     7, "näme", 9, "session", 41, b"token", "holder", "address", 1, 2, True, (Takeover(7, 5),),
     (Result(40, 1, ()), Result(41, 2**32 - 1, (Position(5, 6), Position(7, 8)))),
 )  # fmt: skip
-POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6)
+POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce")
 TOPIC = TopicRow(8, "topic", Settings(1, 2, None, "delete"), (3, 0), "nonce", False)
 BATCH = wire.make_batch(0, 3, 8, 1, 7, 39, 41, b"the body")
 STORED = Stored(8, 1, 11, 1234, 5678, BATCH)
@@ -139,7 +141,7 @@ DIGESTS = {
     "log": "fa736e4e4ece20e8",
     "producers": "2b1cb1bc315e6593",
     "producer_names": "50c6567406dced49",
-    "offsets": "6aea215216a9a7ad",
+    "offsets": "5c63168da1238ab6",
     "topics": "b9bd9bbeca59169c",
     "deltas": "156f316accfd63a2",
     "format": "c0146aff5dd407f6",

@@ -14,8 +14,9 @@ from idemq.broker.core import Connection, Core, Group, Limits, Now
 from idemq.broker.groups import OffsetKey
 from idemq.broker.producers import ProducerRow
 from idemq.broker.store import MemoryStore, Storage
+from idemq.broker.topics import TopicRow
 from idemq.client import wire
-from idemq.client.wire import Settings
+from idemq.client.wire import Settings, TopicPartition
 
 PARTITIONS = 2
 PRODUCERS = 14
@@ -55,6 +56,8 @@ def content(of: Storage) -> Content:
         tuple(names),
         tuple(producers),
         tuple([of.producer(producer_id) for _, producer_id in names]),
+        tuple(of.offsets_from(None, 1000)),
+        of.offset_count(),
     )
 
 
@@ -107,12 +110,8 @@ def _requests(memory: MemoryStore, dice: random.Random, step: int) -> Iterator[t
         yield wire.CreateTopic(f"topic-{step}", PARTITIONS, Settings()), b""
     for row in dice.sample(known, min(len(known), dice.choice((0, 1, 2, 12)))):
         yield from _commits(memory, dice, row, [topic.topic_id for topic in topics])
-    if step % 5 == 2:
-        topic = dice.choice(topics)
-        for group in GROUPS:
-            key = OffsetKey(group, topic.topic_id, 0)
-            lease = memory.offset(key)
-            yield wire.Grant(group, key.topic_id, 0, f"session-{step}", lease.lease if lease else 0), b""
+    for group in GROUPS:
+        yield from _group(memory, dice, group, topics, step)
     if step % 7 == 5:
         topic = dice.choice(topics)
         ends = [memory.partition(topic.topic_id, index) for index in range(PARTITIONS)]
@@ -125,6 +124,26 @@ def _requests(memory: MemoryStore, dice: random.Random, step: int) -> Iterator[t
     if step % 6 == 4 and known:
         row = dice.choice(known)
         yield wire.DeleteProducer(row.producer_id, row.epoch), b""
+
+
+def _group(
+    memory: MemoryStore, dice: random.Random, group: str, topics: list[TopicRow], step: int
+) -> Iterator[tuple[Any, bytes]]:
+    """Two members take turns: one joins, stays, leaves, or is not heard of for so long that it counts as gone."""
+    rows = {
+        TopicPartition(topic.topic_id, index): row
+        for topic in topics
+        for index in range(PARTITIONS)
+        if (row := memory.offset(OffsetKey(group, topic.topic_id, index))) is not None
+    }
+    if step % 4 == 2:
+        member = f"member-{step // 4 % 2}"
+        held = [wire.Held(*key, row.lease) for key, row in rows.items() if row.session == member]
+        wanted = [topic.topic_id for topic in topics] if dice.random() < 0.8 else []
+        yield wire.Heartbeat(group, member, wanted, held, in_hand_max=dice.choice((0, 1, 5))), b""
+    if step % 9 == 7 and rows:
+        key, row = dice.choice(list(rows.items()))
+        yield wire.Seek(group, *key, f"seek-{step}", row.lease, row.next // 2, dice.choice(("", row.session))), b""
 
 
 def _epoch(memory: MemoryStore, name: str) -> int:
@@ -151,8 +170,9 @@ def _commits(
             first += count
         offsets = []
         key = OffsetKey(dice.choice(GROUPS), dice.choice(topic_ids), 0)
-        lease, ends = memory.offset(key), memory.partition(key.topic_id, 0)
-        if last and lease is not None and ends is not None and ends.next > lease.next:
-            offsets.append(wire.Offset(*key, lease.lease, lease.next, ends.next, b"metadata"))
+        position, ends = memory.offset(key), memory.partition(key.topic_id, 0)
+        if last and position is not None and position.lease and ends is not None and ends.next > position.next:
+            end, attempts = dice.choice(((ends.next, None), (position.next, position.attempts + 1)))
+            offsets.append(wire.Offset(*key, position.lease, position.next, end, b"metadata", attempts))
         yield wire.Commit(row.producer_id, row.epoch, seq, first - 1, appends, offsets, b"token"), b"".join(batches)
         seq = first - 1
