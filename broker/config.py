@@ -24,10 +24,6 @@ from idemq.client import wire
 
 from .core import Limits
 
-DATA_DIR = "./idemq-data"
-"""The default. Commands on the same machine look there, too."""
-ADMIN_TOKEN_FILE = "admin.token"
-"""In the data directory: the token that the first start beyond loopback makes. Commands on the same machine read it."""
 CLIENT_VARIABLES = ("IDEMQ_URL", "IDEMQ_TOKEN", "IDEMQ_TOKEN_FILE")
 """Variables of the client, which shares the broker's environment in a container."""
 TOKEN_TEXT_BYTES_MAX = 1024
@@ -55,7 +51,7 @@ class Config:
     host: str = field(default="127.0.0.1", metadata={"about": "address to listen on; beyond loopback needs a token"})
     port: int = _number(7750, 0, 65535, "port of the wire; 0 picks a free one")
     http_port: int = _number(7751, 0, 65535, "port of health and metrics; 0 picks a free one")
-    data_dir: str = field(default=DATA_DIR, metadata={"about": "the store's directory, made if it does not exist"})
+    data_dir: str = field(default=wire.DATA_DIR, metadata={"about": "the store's directory, made if it does not exist"})
     token: str = field(default="", repr=False, metadata={"about": "what every client must present", "secret": True})
     insecure: bool = _switch("listen beyond loopback without authentication")
     force_filesystem: bool = _switch("accept a network or overlay file system, on which fsync may promise nothing")
@@ -171,7 +167,7 @@ class Config:
             )
         if self.token or is_loopback(self.host):
             return self.token, ""
-        path = self.path / ADMIN_TOKEN_FILE
+        path = self.path / wire.ADMIN_TOKEN_FILE
         try:
             if path.exists():
                 token = path.read_text(encoding="utf-8").strip()

@@ -33,6 +33,10 @@ except ImportError:
 
 VERSION = 1
 """The protocol's version. A peer that speaks another one is refused with PROTOCOL_MISMATCH and disconnected."""
+DATA_DIR = "./idemq-data"
+"""Where a broker keeps its store by default, and commands on the same machine look for it."""
+ADMIN_TOKEN_FILE = "admin.token"
+"""In it: the token that a broker's first start beyond loopback makes, and commands on the same machine read."""
 
 # ------------------------------------------------------------------------------------------------------------ limits
 
@@ -159,7 +163,7 @@ REMEDIES: dict[Code, Meaning] = {
     ),
     Code.AUTH_FAILED: Meaning(
         False,
-        "Pass the broker's token (if none was set: admin.token in its data directory): "
+        f"Pass the broker's token (if none was set: {ADMIN_TOKEN_FILE} in its data directory): "
         "IDEMQ_TOKEN, IDEMQ_TOKEN_FILE, token= or the URL.",
     ),
     Code.UNKNOWN_PRODUCER: Meaning(

@@ -24,9 +24,9 @@ from typing import Any
 import pytest
 
 import idemq
-from idemq.broker.config import ADMIN_TOKEN_FILE
 from idemq.client.cli import COMMANDS, errors, main, output, reach
 from idemq.client.connection import Address
+from idemq.client.wire import ADMIN_TOKEN_FILE
 
 pytestmark = pytest.mark.process
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 from ..client import DEFAULT_URL, Client, connect
 from ..connection import Address
 from ..errors import AuthError, ConnectionLost
+from ..wire import ADMIN_TOKEN_FILE, DATA_DIR
 from .errors import AUTH, UNREACHABLE, CommandError
 from .output import say
 
@@ -72,8 +73,6 @@ def _token(args: Namespace, address: Address) -> tuple[str | None, str]:
                 return None, ""
         except ValueError:  # a name, which may be anybody's
             return None, ""
-    from idemq.broker.config import ADMIN_TOKEN_FILE, DATA_DIR
-
     path = Path(os.environ.get("IDEMQ_DATA_DIR") or DATA_DIR) / ADMIN_TOKEN_FILE
     try:
         return path.read_text(encoding="utf-8").strip() or None, ""

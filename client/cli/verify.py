@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
+from ..wire import DATA_DIR
 from .arguments import Command, Parser
 from .errors import CONFIGURATION, FAILURE, OK, CommandError
 from .output import Progress, emit, record, say, table
@@ -12,7 +13,6 @@ from .output import Progress, emit, record, say, table
 
 def _verify(args: Namespace) -> int:
     from idemq.broker.check import verify
-    from idemq.broker.config import DATA_DIR
     from idemq.broker.store import StoreError
 
     directory = args.directory or os.environ.get("IDEMQ_DATA_DIR") or DATA_DIR
@@ -40,8 +40,6 @@ def _verify(args: Namespace) -> int:
 
 
 def _arguments(parser: Parser) -> None:
-    from idemq.broker.config import DATA_DIR
-
     parser.add_argument(
         "directory", metavar="DIR", nargs="?", help=f"the data directory (default $IDEMQ_DATA_DIR, then {DATA_DIR})"
     )
