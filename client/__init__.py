@@ -1,6 +1,6 @@
 """The client library: what `import idemq` offers. Knows nothing of the broker's inside."""
 
-from .client import Client, connect
+from .client import Client, GroupInfo, GroupOffset, MemberInfo, connect
 from .consumer import Batch, Subscription
 from .engine import PartitionInfo, ProducerInfo, TopicInfo
 from .errors import (
@@ -49,9 +49,12 @@ __all__ = [
     "ClientClosed",
     "ConnectionLost",
     "FatalError",
+    "GroupInfo",
+    "GroupOffset",
     "IdemqError",
     "InvalidRequest",
     "LeaseLost",
+    "MemberInfo",
     "Message",
     "MessageTooLarge",
     "OffsetConflict",

@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from datetime import timedelta
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import wire
 from .connection import Address, find_token
-from .consumer import PREFETCH_BYTES, Start, Subscription
+from .consumer import PREFETCH_BYTES, Start, Subscription, check_start, place
 from .engine import Engine, NativeEngine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
-from .errors import ClientClosed, InvalidRequest, UnknownProducer, UnknownTopic, Unsupported
+from .errors import (
+    BrokerBusy,
+    ClientClosed,
+    InvalidRequest,
+    ProducerFenced,
+    UnknownGroup,
+    UnknownProducer,
+    UnknownTopic,
+    Unsupported,
+)
+from .group import Callback
 from .producer import Producer, check_timeout, leave
 from .records import Headers, Receipt
+from .wire import TopicPartition
 
 DEFAULT_URL = "idemq://localhost:7750"
 BATCH_BYTES = 256 << 10
@@ -27,6 +39,9 @@ BATCH_BYTES = 256 << 10
 
 Duration = str | float | timedelta
 """Seconds, a timedelta, or text such as "250ms", "90s", "15m", "24h", "7d"."""
+
+SEEKS_MAX = 10
+"""Times that a position whose lease changes meanwhile is tried again."""
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
@@ -45,6 +60,34 @@ def seconds(duration: Duration, what: str) -> float:
     if not 0.001 <= value <= 1e11:
         raise InvalidRequest(f'{what} is a time such as "7d", "24h" or a number of seconds, not {duration!r}')
     return value
+
+
+class MemberInfo(NamedTuple):
+    """A member of a group; `assigned`: [(topic, partition)]."""
+
+    id: str
+    client: str
+    address: str
+    assigned: list[tuple[str, int]]
+
+
+class GroupOffset(NamedTuple):
+    """A group's position in one partition: the next message, and how many are behind it."""
+
+    topic: str
+    partition: int
+    next: int
+    lag: int
+    attempts: int
+    metadata: bytes | None
+
+
+class GroupInfo(NamedTuple):
+    """A group: who is in it, and where it stands."""
+
+    name: str
+    members: list[MemberInfo]
+    offsets: list[GroupOffset]
 
 
 class Client:
@@ -131,16 +174,23 @@ class Client:
         retry: object = None,
         on_truncated: str = "raise",
         prefetch_bytes: int = PREFETCH_BYTES,
-        on_assigned: Callable[..., Any] | None = None,
-        on_revoked: Callable[..., Any] | None = None,
+        on_assigned: Callback | None = None,
+        on_revoked: Callback | None = None,
     ) -> Subscription:
-        """Read topics: all partitions from `start`, nothing stored. Groups (and what needs one) are not offered yet."""
+        """Read topics. Without a `group` all partitions from `start`, nothing stored; with one what the broker assigns.
+
+        `start` counts where the group has no position yet. `on_truncated`: "raise" OffsetTruncated when retention has
+        passed the position, or go on at the "earliest". `on_assigned` and `on_revoked` (functions or coroutine
+        functions of [(topic, partition)]) run before a partition is read, and before it is given back.
+        """
         self._check_open()
-        asked = {"group": group, "retry": retry, "on_assigned": on_assigned, "on_revoked": on_revoked}
-        for name, value in asked.items():
-            if value is not None:
-                raise Unsupported(f"subscribe({name}=…) needs groups, which are not offered yet")
-        subscription = Subscription(self._engine, topics, start, on_truncated, prefetch_bytes, self._timeout)
+        if retry is not None:
+            raise Unsupported("subscribe(retry=…) is not offered yet")
+        if group is not None:
+            check_group(group)
+        subscription = Subscription(
+            self._engine, topics, start, on_truncated, prefetch_bytes, self._timeout, group, on_assigned, on_revoked
+        )
         self._subscriptions = [one for one in self._subscriptions if not one._closed]
         self._subscriptions.append(subscription)
         return subscription
@@ -217,21 +267,67 @@ class Client:
 
     # -------------------------------------------------------------------------------------------------- groups
 
-    async def groups(self, *, timeout: float | None = None) -> list[Any]:
-        """Groups are not offered yet."""
-        raise Unsupported("groups are not offered yet")
+    async def groups(self, *, timeout: float | None = None) -> list[GroupInfo]:
+        """All groups: those with a position or a member, by name."""
+        return await self._groups(None, self._limit(timeout))
 
-    async def describe_group(self, name: str, *, timeout: float | None = None) -> Any:
-        """Groups are not offered yet."""
-        raise Unsupported("groups are not offered yet")
+    async def describe_group(self, name: str, *, timeout: float | None = None) -> GroupInfo:
+        """One group. Raises UnknownGroup."""
+        check_group(name)
+        found = await self._groups(name, self._limit(timeout))
+        if not found:
+            raise UnknownGroup(f"there is no group {name!r}")
+        return found[0]
 
-    async def seek_group(self, name: str, *, timeout: float | None = None) -> None:
-        """Groups are not offered yet."""
-        raise Unsupported("groups are not offered yet")
+    async def seek_group(
+        self, name: str, topic: str, to: Start, *, partition: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Set a group's position in a topic (or in one partition of it): an offset, "earliest", "latest" or a time.
+
+        Members go on from there; what they had in hand cannot be committed any more.
+        """
+        check_group(name)
+        check_start(to)
+        limit = self._limit(timeout)
+        info = await self.describe_topic(topic, timeout=limit)
+        if partition is not None and not 0 <= partition < len(info.partitions):
+            raise InvalidRequest(f"topic {topic!r} has partitions 0 .. {len(info.partitions) - 1}, not {partition!r}")
+        engine = self._open_engine()
+        leases = {TopicPartition(one.topic_id, one.partition): one.lease for one in await engine.offsets(name, limit)}
+        for ends in info.partitions:
+            if partition in (None, ends.index):
+                position = await place(engine, info, ends.index, to, limit)
+                key = TopicPartition(info.id, ends.index)
+                await seek(engine, wire.Seek(name, *key, secrets.token_hex(12), leases.get(key, 0), position), limit)
 
     async def delete_group(self, name: str, *, timeout: float | None = None) -> None:
-        """Groups are not offered yet."""
-        raise Unsupported("groups are not offered yet")
+        """Forget a group's positions. Raises UnknownGroup, and InvalidRequest while it has members."""
+        limit = self._limit(timeout)
+        found = await self.describe_group(name, timeout=limit)
+        if found.members:
+            raise InvalidRequest(f"group {name!r} has {len(found.members)} members: stop them first")
+        engine = self._open_engine()
+        for topic_id in dict.fromkeys([one.topic_id for one in await engine.offsets(name, limit)]):
+            await engine.delete_offsets(name, topic_id, limit)
+
+    async def _groups(self, name: str | None, timeout: float) -> list[GroupInfo]:
+        engine = self._open_engine()
+        offsets, members = await engine.offsets(name, timeout), await engine.members(name, timeout)
+        topics = {one.id: one for one in await engine.topics(None, timeout)} if offsets else {}
+        found: dict[str, GroupInfo] = {}
+        for group in sorted({one.group for one in offsets} | {member.group for member in members}):
+            found[group] = GroupInfo(group, [], [])
+        for member in members:
+            assigned = [(topics[key.topic_id].name, key.partition) for key in member.held if key.topic_id in topics]
+            found[member.group].members.append(MemberInfo(member.member, member.client, member.address, assigned))
+        for one in offsets:
+            topic = topics.get(one.topic_id)
+            if topic is not None:
+                lag = topic.partitions[one.partition].next - one.next
+                found[one.group].offsets.append(
+                    GroupOffset(topic.name, one.partition, one.next, lag, one.attempts, one.metadata)
+                )
+        return list(found.values())
 
     # ------------------------------------------------------------------------------------------------- the rest
 
@@ -277,6 +373,27 @@ class Client:
 
     def _limit(self, timeout: float | None) -> float:
         return self._timeout if timeout is None else check_timeout(timeout)
+
+
+async def seek(engine: Engine, request: wire.Seek, timeout: float) -> None:
+    """Compare and swap; with the lease that it has become, if it changed since we looked. Raises BrokerBusy."""
+    for _ in range(SEEKS_MAX):
+        try:
+            await engine.seek(request, timeout)
+            return
+        except ProducerFenced as race:  # OPEN_RACE
+            current = race.details.get("epoch")
+            assert isinstance(current, int)
+            request = request._replace(expected_lease=current)
+    raise BrokerBusy(f"group {request.group!r} changes hands all the time")
+
+
+def check_group(name: str) -> None:
+    """Raises InvalidRequest for what is no group's name."""
+    try:
+        wire.check(wire.DeleteOffsets(name, 1))
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
 
 
 def _settings(

@@ -13,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 from . import session as core
@@ -22,14 +23,20 @@ from .errors import (
     BrokerBusy,
     IdemqError,
     InvalidRequest,
+    LeaseLost,
     OutcomeUnknown,
     RetriableError,
     TransactionAborted,
     UnknownProducer,
     UnknownTopic,
 )
+from .membership import Changes, Membership
 from .pipeline import Producer, Tally, Topic
 from .records import Receipt, Record
+from .wire import TopicPartition
+
+HEARTBEATS = 3
+"""Heartbeats of a member within the time after which it would count as gone."""
 
 
 class PartitionInfo(NamedTuple):
@@ -177,6 +184,29 @@ class EngineProducer(Protocol):
         """Give it up; returns what was never reported."""
 
 
+class EngineMember(Protocol):
+    """One member of a group."""
+
+    @property
+    def name(self) -> str:
+        """The member's name, random."""
+
+    async def changes(self) -> Changes:
+        """Report what is held, again and again, until something is to be changed."""
+
+    def promise(self, in_hand_max: int) -> None:
+        """From now on so many messages of a partition are in hand at once, at most; 0: no promise."""
+
+    def give_back(self, key: TopicPartition) -> None:
+        """This partition is finished with."""
+
+    def sought(self, key: TopicPartition, lease: int) -> None:
+        """The member set the position itself, and holds the partition under this lease now."""
+
+    async def leave(self, timeout: float) -> None:
+        """Give everything back and be gone."""
+
+
 class Engine(Protocol):
     """What a `Client` needs. Every coroutine raises IdemqError, and returns within `timeout` seconds."""
 
@@ -225,6 +255,26 @@ class Engine(Protocol):
 
     def producer(self, name: str | None, options: ProducerOptions) -> EngineProducer:
         """A producer: named, anonymous (a random name) or without dedup."""
+
+    async def member(
+        self, group: str, topic_ids: Sequence[int], start_ms: int, start_offset: int | None, timeout: float
+    ) -> tuple[EngineMember, Changes]:
+        """Join a group: the member, and what it holds at once. `start…`: where the group begins, if it is new."""
+
+    async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
+        """Move a group's positions forward, all or none. Raises LeaseLost."""
+
+    async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
+        """Set a group's position in one partition, if its lease is still the expected one."""
+
+    async def offsets(self, group: str | None, timeout: float) -> list[wire.OffsetEntry]:
+        """The stored positions of a group, or of all."""
+
+    async def members(self, group: str | None, timeout: float) -> list[wire.MemberEntry]:
+        """The members of a group, or of all."""
+
+    async def delete_offsets(self, group: str, topic_id: int, timeout: float) -> None:
+        """Forget a group's positions in a topic."""
 
 
 class NativeEngine:
@@ -343,6 +393,66 @@ class NativeEngine:
     def producer(self, name: str | None, options: ProducerOptions) -> NativeProducer:
         """A producer: named, anonymous (a random name) or without dedup."""
         return NativeProducer(self._session, self._connection, name, options)
+
+    async def member(
+        self, group: str, topic_ids: Sequence[int], start_ms: int, start_offset: int | None, timeout: float
+    ) -> tuple[NativeMember, Changes]:
+        """Join a group: the member, and what it holds at once. `start…`: where the group begins, if it is new."""
+        membership = Membership(group, secrets.token_hex(12), topic_ids, start_ms, start_offset)
+        try:
+            answer: wire.Assignment = await self._connection.ask(_checked(membership.report(0)), timeout)
+        except BaseException:  # given up, also by cancellation: it must not keep what it may have been granted
+            membership.leave()
+            now = self._connection.loop.time()
+            self._session.call(now, membership.report(0), None, now + timeout)
+            self._connection.pump()
+            raise
+        member = NativeMember(self._session, self._connection, membership, answer.member_timeout_ms)
+        return member, membership.take(answer)
+
+    async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
+        """Move a group's positions forward, all or none. Raises LeaseLost."""
+        for start in range(0, len(offsets), wire.APPENDS_MAX):
+            some = list(offsets[start : start + wire.APPENDS_MAX])
+            try:
+                await self._connection.ask(_checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
+            except LeaseLost as lost:
+                # C6: an earlier copy was stored, if the lease ended at or behind where this one leads.
+                ended_at, where = lost.details.get("next"), lost.partitions
+                ends = {(one.topic_id, one.partition): one.end for one in some if one.attempts is None}
+                if not (isinstance(ended_at, int) and where and ended_at >= ends.get(where[0], wire.NUMBER_MAX)):
+                    raise
+
+    async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
+        """Set a group's position in one partition, if its lease is still the expected one."""
+        reply: wire.Sought = await self._connection.ask(_checked(request), timeout)
+        return reply
+
+    async def offsets(self, group: str | None, timeout: float) -> list[wire.OffsetEntry]:
+        """The stored positions of a group, or of all."""
+        found: list[wire.OffsetEntry] = []
+        after: wire.OffsetAfter | None = None
+        while True:
+            reply: wire.OffsetsAre = await self._connection.ask(_checked(wire.Offsets(group, after)), timeout)
+            found += reply.offsets
+            after = reply.after
+            if after is None:
+                return found
+
+    async def members(self, group: str | None, timeout: float) -> list[wire.MemberEntry]:
+        """The members of a group, or of all."""
+        found: list[wire.MemberEntry] = []
+        behind = ("", "")
+        while True:
+            reply: wire.MembersAre = await self._connection.ask(_checked(wire.Members(group, *behind)), timeout)
+            found += reply.members
+            if not reply.more:
+                return found
+            behind = (found[-1].group, found[-1].member)
+
+    async def delete_offsets(self, group: str, topic_id: int, timeout: float) -> None:
+        """Forget a group's positions in a topic."""
+        await self._connection.ask(_checked(wire.DeleteOffsets(group, topic_id)), timeout)
 
     async def _topic(self, name: str, timeout: float) -> TopicInfo:
         found = await self.topics([name], timeout)
@@ -562,6 +672,68 @@ class NativeProducer(EngineProducer):
         unreported = self._session.remove(self._connection.loop.time(), self._state)
         self._connection.pump()
         return list(unreported)
+
+
+class NativeMember:
+    """A member of a group of idemq's own broker: the heartbeats that wait there for something to change."""
+
+    def __init__(
+        self, session: core.Session, connection: Connection, membership: Membership, member_timeout_ms: int
+    ) -> None:
+        self._session = session
+        self._connection = connection
+        self._membership = membership
+        self._wait_ms = min(member_timeout_ms // HEARTBEATS, wire.WAIT_MS_MAX)
+        self._waiter: asyncio.Future[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """The member's name, random."""
+        return self._membership.name
+
+    async def changes(self) -> Changes:
+        """Report what is held, again and again, until something is to be changed."""
+        connection = self._connection
+        while True:
+            self._waiter = connection.future()
+            request = self._membership.report(self._wait_ms)
+            call = self._session.call(connection.loop.time(), request, self._waiter, inf)
+            connection.pump()
+            try:
+                answer: wire.Assignment | None = await self._waiter
+            finally:
+                self._session.forget(call)
+            if answer is None:
+                continue  # how things are has changed since: report it
+            self._wait_ms = min(answer.member_timeout_ms // HEARTBEATS, wire.WAIT_MS_MAX)
+            changes = self._membership.take(answer)
+            if changes != Changes([], [], []):
+                return changes
+
+    def promise(self, in_hand_max: int) -> None:
+        """From now on so many messages of a partition are in hand at once, at most; 0: no promise."""
+        self._membership.in_hand_max = in_hand_max
+        self._report()
+
+    def give_back(self, key: TopicPartition) -> None:
+        """This partition is finished with."""
+        self._membership.give_back(key)
+        self._report()
+
+    def sought(self, key: TopicPartition, lease: int) -> None:
+        """The member set the position itself, and holds the partition under this lease now."""
+        self._membership.sought(key, lease)
+        self._report()
+
+    async def leave(self, timeout: float) -> None:
+        """Give everything back and be gone."""
+        self._membership.leave()
+        await self._connection.ask(self._membership.report(0), timeout)
+
+    def _report(self) -> None:
+        """A report that waits says what is no longer so: take another in its place."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def _checked(request: Any) -> Any:

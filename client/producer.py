@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
 
 from .engine import EngineProducer
 from .errors import ClientClosed, IdemqError, InvalidRequest, OutcomeUnknown, Unsupported
 from .pipeline import Tally
-from .records import RECORD_BYTES, Headers, Receipt, Record, SendSummary, check_record
+from .records import RECORD_BYTES, Headers, Message, Receipt, Record, SendSummary, check_record
 from .transaction import Transaction
 
 CHUNK_RECORDS_MIN = 64
@@ -112,11 +112,14 @@ class Producer:
         finally:
             many.end()
 
-    def transaction(self, batch: object = None, *, timeout: float | None = None) -> Transaction:
-        """Store messages on any topics, and a token, whole or not at all: `async with p.transaction() as tx`."""
-        if batch is not None:
-            raise Unsupported("a transaction over a group's batch is not offered yet")
-        return Transaction(self._open_engine(), self._limit(timeout))
+    def transaction(
+        self, batch: Sequence[Message] | Message | None = None, *, timeout: float | None = None
+    ) -> Transaction:
+        """Store messages on any topics, a token, and that a batch is done with, whole or not at all.
+
+        `async with p.transaction(batch) as tx`; `batch` is what a subscription with a group handed out.
+        """
+        return Transaction(self._open_engine(), batch, self._limit(timeout))
 
     async def flush(self, timeout: float | None = None) -> None:
         """Wait until everything enqueued so far is decided. Raises the first failure that nobody was told of."""

@@ -125,10 +125,43 @@ def unpack(batch: bytes, offset: int, timestamp_ms: int, topic: str, incarnation
     return StoredBatch(topic, offset, timestamp_ms, incarnation, header, values, keys, headers, deltas)
 
 
+class Delivery:
+    """Under which lease a group's messages of one partition are delivered, and what is known of earlier deliveries."""
+
+    __slots__ = ("attempts", "head", "lease", "suspects_end")
+
+    def __init__(self, lease: int, head: int, attempts: int, suspects_end: int) -> None:
+        self.lease = lease
+        self.head = head
+        """The message that `attempts` counts for."""
+        self.attempts = attempts
+        self.suspects_end = suspects_end
+        """Messages below it may have been in hand when a member ended uncleanly."""
+
+    def attempt(self, offset: int) -> int:
+        """Which delivery this may be, counted from 1."""
+        return 1 + (self.attempts if offset == self.head else 0) + (offset < self.suspects_end)
+
+
+UNLEASED = Delivery(0, 0, 0, 0)
+"""To a reader without a group."""
+
+
 class StoredBatch:
     """One batch as it was read; its messages are made when they are asked for."""
 
-    __slots__ = ("deltas", "header", "headers", "incarnation", "keys", "offset", "timestamp_ms", "topic", "values")
+    __slots__ = (
+        "delivery",
+        "deltas",
+        "header",
+        "headers",
+        "incarnation",
+        "keys",
+        "offset",
+        "timestamp_ms",
+        "topic",
+        "values",
+    )
 
     def __init__(
         self,
@@ -151,6 +184,7 @@ class StoredBatch:
         self.keys = keys
         self.headers = headers
         self.deltas = deltas
+        self.delivery = UNLEASED
 
     def messages(self, start: int, stop: int) -> Iterator[Message]:
         """The messages at indices `start` .. `stop`."""
@@ -205,13 +239,13 @@ class Message(tuple[StoredBatch, int]):
 
     @property
     def attempt(self) -> int:
-        """Which delivery to the group this is; 1 for a reader without a group."""
-        return 1
+        """Which delivery to the group this may be, at least; 1 for a reader without a group."""
+        return self[0].delivery.attempt(self.offset)
 
     @property
     def lease(self) -> int:
-        """The group's lease it was delivered under; 0 for a reader without a group."""
-        return 0
+        """The group's lease it was delivered under, a fencing token that only grows; 0 without a group."""
+        return self[0].delivery.lease
 
     @property
     def seq(self) -> int | None:

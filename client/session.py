@@ -339,7 +339,7 @@ class Session:
             self._dirty[producer] = None
 
     def _send_call(self, now: float, call: _Call) -> None:
-        wait_s = call.request.wait_ms / 1000 if type(call.request) is wire.Fetch else 0.0
+        wait_s = call.request.wait_ms / 1000 if type(call.request) in _WAITING else 0.0
         call.ticket = self._send(now, call.request, (), call, None, wait_s)
         call.ever_sent = True
 
@@ -1195,5 +1195,9 @@ def _check_partition(topic: Topic, record: Record) -> None:
 _PLAIN = Record(b"")
 _NO_ANSWERS = frozenset({Code.STALE_CONNECTION, Code.CHECKSUM_MISMATCH})
 """Refusals that say nothing of the request: a newer connection of ours, bytes damaged on the way. Both want another."""
-_READS = frozenset({wire.Ping, wire.Metadata, wire.Fetch, wire.OffsetAt, wire.Producers})
-"""Requests that change nothing: unanswered, they are simply not answered."""
+_WAITING = frozenset({wire.Fetch, wire.Heartbeat})
+"""Requests that the broker may keep for a while."""
+_READS = frozenset(
+    {wire.Ping, wire.Metadata, wire.Fetch, wire.OffsetAt, wire.Producers, wire.Offsets, wire.Members, wire.Heartbeat}
+)
+"""Requests that change nothing anybody relies on: unanswered, they are simply not answered."""

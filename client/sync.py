@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import wraps
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 from . import client, consumer, errors, producer, transaction, wire
 from .consumer import Batch
 from .errors import ClientClosed
+from .group import Callback
 from .records import Message, Receipt, Record, SendSummary
 
 __all__ = ["Client", "OutcomeUnknown", "Producer", "Subscription", "Transaction", "connect"]
@@ -238,7 +239,9 @@ class Producer(_Facade[producer.Producer]):
     async def _end(many: producer.Many) -> None:
         many.end()
 
-    def transaction(self, batch: object = None, *, timeout: float | None = None) -> Transaction:
+    def transaction(
+        self, batch: Sequence[Message] | Message | None = None, *, timeout: float | None = None
+    ) -> Transaction:
         """As `idemq.Producer.transaction`."""
         return Transaction(_transaction(self, batch, timeout=timeout), self._thread)
 
@@ -295,6 +298,16 @@ class Subscription(_Facade[consumer.Subscription]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _in_thread(callback: Callback | None) -> Callback | None:
+    """A callback in a thread of its own, because it may call what blocks."""
+
+    async def call(partitions: list[tuple[str, int]]) -> None:
+        assert callback is not None
+        await asyncio.to_thread(callback, partitions)
+
+    return None if callback is None else call
 
 
 _transaction = _quick(producer.Producer.transaction)
@@ -355,8 +368,8 @@ class Client(_Facade[client.Client]):
         retry: object = None,
         on_truncated: str = "raise",
         prefetch_bytes: int = consumer.PREFETCH_BYTES,
-        on_assigned: Callable[..., Any] | None = None,
-        on_revoked: Callable[..., Any] | None = None,
+        on_assigned: Callback | None = None,
+        on_revoked: Callback | None = None,
     ) -> Subscription:
         """As `idemq.Client.subscribe`."""
         inner = _subscribe(
@@ -367,8 +380,8 @@ class Client(_Facade[client.Client]):
             retry=retry,
             on_truncated=on_truncated,
             prefetch_bytes=prefetch_bytes,
-            on_assigned=on_assigned,
-            on_revoked=on_revoked,
+            on_assigned=_in_thread(on_assigned),
+            on_revoked=_in_thread(on_revoked),
         )
         return Subscription(inner, self._thread)
 

@@ -5,28 +5,36 @@ The broker never holds an open transaction, so nothing here can hang, expire or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from .engine import EngineProducer
-from .errors import ClientClosed, InvalidRequest, TransactionTooLarge, Unsupported
-from .records import Headers, Receipt, Record, check_record
+from .errors import ClientClosed, IdemqError, InvalidRequest, TransactionTooLarge, Unsupported
+from .group import Move, aborted, moves, plan, rewind, stored
+from .records import Headers, Message, Receipt, Record, check_record
 from .wire import COMMIT_BYTES_MAX, TOKEN_BYTES_MAX
 
 
 class Transaction:
     """Use it as `async with producer.transaction() as tx`. Any exception in the block: nothing is stored.
 
+    With a batch, its messages are done with when, and only when, the transaction is stored; otherwise they are handed
+    out again. LeaseLost and OffsetConflict mean that nothing was stored: go on with the next batch.
+
     After the block `receipts` holds one Receipt for each `send`, in order.
     """
 
-    def __init__(self, producer: EngineProducer, timeout: float) -> None:
+    def __init__(self, producer: EngineProducer, batch: object, timeout: float) -> None:
         self.receipts: list[Receipt] = []
+        self._moves: list[tuple[Move, bytes | None]] = []
         self._producer = producer
         self._timeout = timeout
         self._sends: list[tuple[str, Record]] = []
         self._bytes = 0
         self._token: bytes | None = None
         self._state = "new"
+        if batch is not None:
+            self._move(batch, None)
 
     def send(
         self,
@@ -59,9 +67,26 @@ class Transaction:
             raise InvalidRequest(f"a token is bytes, at most {TOKEN_BYTES_MAX}")
         self._token = token
 
-    def commit_offsets(self, batch: object, metadata: bytes | None = None) -> None:
-        """Move a group's positions with the transaction: not offered yet."""
-        raise Unsupported("a transaction over a group's batch is not offered yet")
+    def commit_offsets(self, batch: Sequence[Message] | Message, metadata: bytes | None = None) -> None:
+        """Move a group's positions behind these messages, with the transaction; cumulative for each partition.
+
+        `metadata`: bytes of yours, stored with each position and handed to whoever holds the partition next.
+        """
+        self._check_open()
+        if metadata is not None and (type(metadata) is not bytes or len(metadata) > TOKEN_BYTES_MAX):
+            raise InvalidRequest(f"metadata is bytes, at most {TOKEN_BYTES_MAX}")
+        self._move(batch, metadata)
+
+    def _move(self, what: object, metadata: bytes | None) -> None:
+        known = {move.leased: index for index, (move, _) in enumerate(self._moves)}
+        for move in moves(what):
+            index = known.get(move.leased)
+            if index is None:
+                self._moves.append((move, metadata))
+                continue
+            earlier, noted = self._moves[index]
+            earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
+            self._moves[index] = (earlier, noted if metadata is None else metadata)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -77,6 +102,20 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "ended"
-        if kind is not None or not (self._sends or self._token is not None):
+        moved = [move for move, _ in self._moves]
+        if error is not None:
+            rewind(moved, error)
             return
-        self.receipts = await self._producer.transact(self._sends, [], self._token, self._timeout)
+        if not (self._sends or self._token is not None or moved):
+            return
+        try:
+            offsets = plan(self._moves)
+        except IdemqError as refused:
+            rewind(moved, refused)
+            raise
+        try:
+            self.receipts = await self._producer.transact(self._sends, offsets, self._token, self._timeout)
+        except BaseException as failed:
+            aborted(moved, failed)
+            raise
+        stored(moved)

@@ -23,12 +23,13 @@ ERRORS = [
 ]  # fmt: skip
 VALUES = [
     "Record", "Message", "Receipt", "SendSummary", "TopicInfo", "PartitionInfo", "ProducerInfo", "Batch",
+    "GroupInfo", "MemberInfo", "GroupOffset",
 ]  # fmt: skip
 OBJECTS = [
     "Client", "Producer", "Transaction", "Subscription", "connect",
 ]  # fmt: skip
 LATER = [
-    "RetryPolicy", "Inbox", "Outbox", "AsyncInbox", "AsyncOutbox", "GroupInfo", "MemberInfo", "GroupOffset",
+    "RetryPolicy", "Inbox", "Outbox", "AsyncInbox", "AsyncOutbox",
 ]  # fmt: skip
 
 FIELDS = {
@@ -38,6 +39,9 @@ FIELDS = {
     "TopicInfo": "name id partitions retention retention_bytes dedup_window cleanup",
     "PartitionInfo": "index earliest next bytes",
     "ProducerInfo": "name id epoch last_seq token holder last_seen",
+    "GroupInfo": "name members offsets",
+    "MemberInfo": "id client address assigned",
+    "GroupOffset": "topic partition next lag attempts metadata",
 }
 MEMBERS = {
     "Client": "send producer subscribe create_topic delete_topic topics describe_topic groups describe_group "

@@ -216,19 +216,15 @@ async def test_wrong_arguments_for_topics() -> None:
 
 
 @run
-async def test_groups_and_message_ids_come_later() -> None:
+async def test_handlers_and_message_ids_come_later() -> None:
     async with broker() as b, idemq.connect(b.url) as mq, mq.producer("p") as p:
         await mq.create_topic("t")
         async with mq.subscribe("t") as sub, p.transaction() as tx:
             later: list[Callable[[], Any]] = [
-                mq.groups, lambda: mq.describe_group("g"), lambda: mq.seek_group("g"), lambda: mq.delete_group("g"),
-                lambda: mq.subscribe("t", group="g"), lambda: mq.subscribe("t", retry=1),
-                lambda: mq.subscribe("t", on_assigned=print), lambda: mq.subscribe("t", on_revoked=print),
+                lambda: mq.subscribe("t", retry=1),
                 lambda: mq.send("t", b"", message_id="1"), lambda: p.send("t", b"", message_id="1"),
                 lambda: p.send_many("t", [Record(b"", message_id="1")]), lambda: tx.send("t", b"", message_id="1"),
-                lambda: p.transaction([]), lambda: tx.commit_offsets([]), sub.commit,
                 lambda: sub.run(print), lambda: sub.process(print), lambda: sub.reject(None),  # type: ignore[arg-type]
-                lambda: sub.pause("t", 0), lambda: sub.resume("t", 0),
                 lambda: mq.producer(compression="zstd"),
             ]  # fmt: skip
             for call in later:
@@ -928,14 +924,14 @@ async def test_prefetch_is_bounded_and_nothing_is_lost() -> None:
         values = [b"%d" % n + b"x" * 1000 for n in range(300)]
         await p.send_many("t", values)
         async with mq.subscribe("t", prefetch_bytes=20_000) as sub:
-            await eventually(lambda: sub._buffered_bytes >= 20_000)
+            await eventually(lambda: sub._reader._buffered_bytes >= 20_000)
             for _ in range(20):
                 await mq.ping()  # time for many more fetches
-            assert sub._buffered_bytes <= 20_000 + 3 * 11_000
+            assert sub._reader._buffered_bytes <= 20_000 + 3 * 11_000
             found = []
             async for message in sub:
                 found.append(message.value)
-                assert sub._buffered_bytes <= 20_000 + 3 * 11_000
+                assert sub._reader._buffered_bytes <= 20_000 + 3 * 11_000
                 if len(found) == 300:
                     break
         assert sorted(found) == sorted(values)
@@ -950,7 +946,7 @@ async def test_partitions_take_turns_and_closing_leaves_no_task() -> None:
         before = asyncio.all_tasks()
         sub = mq.subscribe("t")
         await sub.open()
-        await eventually(lambda: sum(len(one.pieces) for one in sub._partitions.values()) == 9)
+        await eventually(lambda: sum(len(one.pieces) for one in sub._reader.readings.values()) == 9)
         assert {one.partition for one in await take(aiter(sub), 3)} == {0, 1, 2}
         await sub.close()
         assert asyncio.all_tasks() == before
@@ -973,7 +969,7 @@ async def test_more_partitions_than_one_fetch_may_ask_for() -> None:
 async def test_no_partition_starves_whatever_a_fetch_may_ask_for(
     monkeypatch: pytest.MonkeyPatch, partitions_max: int
 ) -> None:
-    monkeypatch.setattr("idemq.client.consumer.APPENDS_MAX", partitions_max)
+    monkeypatch.setattr("idemq.client.reader.APPENDS_MAX", partitions_max)
     async with broker() as b, idemq.connect(b.url) as mq:
         await mq.create_topic("t", partitions=3)
         for n in range(30):
@@ -984,8 +980,8 @@ async def test_no_partition_starves_whatever_a_fetch_may_ask_for(
 
 @run
 async def test_partitions_that_are_added_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idemq.client.consumer.TOPIC_AGE_S_MAX", 0.0)
-    monkeypatch.setattr("idemq.client.consumer.FETCH_WAIT_S", 0.01)
+    monkeypatch.setattr("idemq.client.consumer.TOPIC_AGE_S_MAX", 0.01)
+    monkeypatch.setattr("idemq.client.reader.FETCH_WAIT_S", 0.01)
     async with broker() as b, idemq.connect(b.url) as mq:
         await mq.create_topic("t")
         async with mq.subscribe("t", start="latest") as sub:

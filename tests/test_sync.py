@@ -121,10 +121,9 @@ def test_a_little_of_everything(url: str) -> None:
             assert sub.positions()[("t", 0)] >= 2
         assert [topic.name for topic in mq.topics()] == ["t"]
         assert mq.ping() > 0
-        with pytest.raises(idemq.Unsupported):
+        with pytest.raises(idemq.InvalidRequest, match="needs a group"):
             sub.commit()
-        with pytest.raises(idemq.Unsupported):
-            mq.groups()
+        assert mq.groups() == []
     for late in (mq.ping, lambda: mq.producer(), lambda: p.send("t", b""), lambda: next(iter(sub)), sub.lag):
         with pytest.raises(idemq.ClientClosed):
             late()

@@ -1,0 +1,390 @@
+"""A subscription's side of a group: keeps its reader in step with what the member holds, and moves the positions.
+
+Three things happen beside the user's loop, each a task of its own, so that none holds up another: heartbeats; taking up
+what is granted (`on_assigned`, then reading); giving up what is revoked (finishing, `on_revoked`, giving back). What a
+heartbeat says is `membership.py`; the broker's lease on each position is what keeps a late commit out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from . import wire
+from .engine import Engine, EngineMember, TopicInfo
+from .errors import IdemqError, InvalidRequest, LeaseLost, OffsetConflict
+from .membership import Changes
+from .reader import Piece, Reader, Reading
+from .records import Delivery, Message
+from .wire import TopicPartition
+
+LEAVE_S = 1.0
+"""Leaving is a courtesy: a broker that does not answer within this time notices by itself."""
+
+Callback = Callable[[list[tuple[str, int]]], Any]
+"""A function or coroutine function of [(topic, partition)]."""
+
+
+class Leased(Delivery):
+    """One partition under one lease: where its position stands."""
+
+    __slots__ = ("committed", "group", "handed_round", "pending", "planned", "reading", "rewinds", "state")
+
+    def __init__(self, group: GroupConsumer, lease: wire.Lease, topic: TopicInfo) -> None:
+        super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
+        self.group = group
+        self.reading = Reading(topic, lease.partition, lease.next, lease.next, self)
+        self.committed = lease.next
+        """The stored position, as far as is known."""
+        self.planned = lease.next
+        """Where it will be once the transactions under way are stored."""
+        self.pending = 0
+        """Transactions and commits under way."""
+        self.rewinds = 0
+        self.handed_round = -1
+        """When messages were handed out last (see `GroupConsumer.returned`)."""
+        self.state = "held"
+        """held -> releasing -> gone, or held -> gone."""
+
+    def moved(self, end: int) -> None:
+        """The position is stored at `end`."""
+        if end > self.committed:
+            self.committed = self.head = end
+            self.attempts = 0
+        self.planned = max(self.planned, self.committed)
+
+
+class Move:
+    """One position that a commit or transaction moves."""
+
+    __slots__ = ("end", "first", "leased", "rewinds")
+
+    def __init__(self, leased: Leased, first: int, end: int) -> None:
+        self.leased = leased
+        self.first = first
+        """The first message it is about."""
+        self.end = end
+        self.rewinds = leased.rewinds
+
+
+def moves(what: object) -> list[Move]:
+    """Where positions go when these are done with: a message, a batch, or messages. Raises InvalidRequest."""
+    found: dict[Leased, Move] = {}
+    for stored, start, stop in _pieces(what):
+        leased = stored.delivery
+        if not isinstance(leased, Leased):
+            raise InvalidRequest("a position belongs to a group: subscribe(…, group=NAME)")
+        move = found.setdefault(leased, Move(leased, stored.offset + start, 0))
+        move.first = min(move.first, stored.offset + start)
+        move.end = max(move.end, stored.offset + stop)
+    return list(found.values())
+
+
+def _pieces(what: object) -> Iterable[Piece]:
+    if isinstance(what, Message):
+        return [(what[0], what[1], what[1] + 1)]
+    pieces = getattr(what, "pieces", None)
+    if isinstance(pieces, list):
+        return pieces
+    if isinstance(what, Sequence) and all(isinstance(one, Message) for one in what):
+        return [(one[0], one[1], one[1] + 1) for one in what]
+    raise InvalidRequest(f"a message, a batch or a list of messages can be committed, not {type(what).__name__}")
+
+
+# ------------------------------------------------------------------------------------ positions in a transaction
+
+
+def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
+    """The entries with which a transaction moves these positions, with metadata. Raises LeaseLost, OffsetConflict."""
+    entries: list[wire.Offset] = []
+    for move, metadata in moved:
+        leased, key = move.leased, move.leased.reading.key
+        where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+        if leased.state == "gone":
+            raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost", details=where)
+        if move.first < leased.planned:
+            text = f"message {move.first} of partition {key.partition} was committed before"
+            raise OffsetConflict(text, details={**where, "next": leased.planned})
+        entries.append(wire.Offset(leased.group.group, *key, leased.lease, leased.planned, move.end, metadata))
+    for move, _ in moved:
+        move.leased.planned = move.end
+        move.leased.pending += 1
+    return entries
+
+
+def stored(moved: Iterable[Move]) -> None:
+    """A transaction that was planned is stored."""
+    for move in moved:
+        move.leased.pending -= 1
+        move.leased.moved(move.end)
+        move.leased.group.progressed()
+
+
+def aborted(moved: Sequence[Move], error: BaseException) -> None:
+    """A transaction that was planned is not stored, or nobody knows: its messages are handed out again."""
+    for move in moved:
+        move.leased.pending -= 1
+        move.leased.group.progressed()
+    rewind(moved, error)
+
+
+def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:
+    """Hand out again what is not committed of these partitions, unless that was done since.
+
+    Safe also when the outcome is not known: a second run finds the position moved, if the first was stored.
+    """
+    for move in moved:
+        leased = move.leased
+        if leased.rewinds != move.rewinds:
+            continue
+        named = isinstance(error, IdemqError) and _names(error, leased.reading.key)
+        if isinstance(error, OffsetConflict) and named and error.expected is not None:
+            leased.moved(error.expected)  # an earlier run was stored after all
+        leased.rewinds += 1
+        leased.planned = leased.committed
+        if leased.state == "held":
+            # What was lost is read no more: the next heartbeat says whose it is.
+            leased.group.hand_out_again(leased, pause=isinstance(error, LeaseLost) and named)
+
+
+class GroupConsumer:
+    """A member of a group, and the positions of what it holds."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reader: Reader,
+        group: str,
+        on_assigned: Callback | None,
+        on_revoked: Callback | None,
+        timeout: float,
+    ) -> None:
+        self.group = group
+        self.held: dict[TopicPartition, Leased] = {}
+        self.busy: Callable[[Leased], bool] | None = None
+        """Is anything of this partition in hand? None: until the loop comes back for more."""
+        self.in_hand_max = 0
+        self._engine = engine
+        self._reader = reader
+        self._topics: dict[int, TopicInfo] = {}
+        self._on_assigned = on_assigned
+        self._on_revoked = on_revoked
+        self._timeout = timeout
+        self._member: EngineMember | None = None
+        self._round = 0
+        self._callbacks = asyncio.Lock()
+        self._progress = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._commits: set[asyncio.Task[None]] = set()
+
+    # ----------------------------------------------------------------------------------------------- membership
+
+    async def join(self, topics: Sequence[TopicInfo], start_ms: int, start_offset: int | None) -> None:
+        """Become a member, and take up what is granted at once."""
+        self._topics = {topic.id: topic for topic in topics}
+        self._member, changes = await self._engine.member(
+            self.group, list(self._topics), start_ms, start_offset, self._timeout
+        )
+        if self.in_hand_max:
+            self._member.promise(self.in_hand_max)
+        self._spawn(self._follow)
+        try:
+            await self._take_up(self._granted(changes))
+        except BaseException:
+            await self.leave()
+            raise
+
+    async def leave(self) -> None:
+        """Give everything back. Commits under way are waited for; the broker is told, if it can be."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._commits:
+            await asyncio.wait(self._commits, timeout=self._timeout)
+        held, self.held = list(self.held.values()), {}
+        for leased in held:
+            leased.state = "gone"
+        await self._call(self._on_revoked, held)
+        if self._member is not None:
+            with suppress(IdemqError):  # of a broker that is gone the user hears from what he asks for
+                await self._member.leave(min(LEAVE_S, self._timeout))
+            self._member = None
+
+    def promise(self, in_hand_max: int) -> None:
+        """So many messages of a partition are in hand at once, at most; 0: as many as the user likes."""
+        self.in_hand_max = in_hand_max
+        if self._member is not None:
+            self._member.promise(in_hand_max)
+
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(work, *arguments))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        """A task beside the user's loop: what goes wrong in it is told there."""
+        try:
+            await work(*arguments)
+        except Exception as error:  # noqa: BLE001 - a callback may raise anything
+            self._reader.fail(error)
+
+    async def _follow(self) -> None:
+        """Heartbeats: whatever a user's code does, they go on."""
+        assert self._member is not None
+        while True:
+            changes = await self._member.changes()
+            lost = [self.held.pop(key) for key in changes.lost if key in self.held]
+            revoked = [self.held[key] for key in changes.revoked if key in self.held]
+            granted = self._granted(changes)
+            for leased in lost:
+                leased.state = "gone"
+            if lost:
+                self._reader.remove([leased.reading.key for leased in lost])
+                self._progress.set()
+                self._spawn(self._call, self._on_revoked, lost)
+            for leased in revoked:
+                leased.state = "releasing"
+                self._reader.pause(leased.reading, True)
+                self._spawn(self._give_up, leased)
+            if granted:
+                self._spawn(self._take_up, granted)
+
+    def _granted(self, changes: Changes) -> list[Leased]:
+        leases = [Leased(self, lease, self._topics[lease.topic_id]) for lease in changes.granted]
+        self.held.update({leased.reading.key: leased for leased in leases})
+        return leases
+
+    async def _take_up(self, granted: list[Leased]) -> None:
+        """What is granted is read once the user knows of it."""
+        await self._call(self._on_assigned, granted)
+        self._reader.add([leased.reading for leased in granted if leased.state == "held"])
+
+    async def _give_up(self, leased: Leased) -> None:
+        """What is revoked is finished, then given back; or it is taken, if that takes too long."""
+        while leased.state == "releasing" and self._in_hand(leased):
+            self._progress.clear()
+            await self._progress.wait()
+        if leased.state == "releasing":
+            await self._call(self._on_revoked, [leased])
+        if leased.state == "releasing":  # it may have been taken meanwhile
+            leased.state = "gone"
+            del self.held[leased.reading.key]
+            self._reader.remove([leased.reading.key])
+            assert self._member is not None
+            self._member.give_back(leased.reading.key)
+
+    async def _call(self, callback: Callback | None, partitions: list[Leased]) -> None:
+        """One callback at a time."""
+        if callback is None or not partitions:
+            return
+        async with self._callbacks:
+            result = callback([leased.reading.name for leased in partitions])
+            if inspect.isawaitable(result):
+                await result
+
+    # ------------------------------------------------------------------------------------------ what is in hand
+
+    def handed(self, leased: Leased) -> None:
+        """Messages of it are handed out."""
+        leased.handed_round = self._round
+
+    def returned(self) -> None:
+        """The user's loop comes back for more: it is done with what it was handed before."""
+        self._round += 1
+        self._progress.set()
+
+    def progressed(self) -> None:
+        """Something in hand was finished: whoever waits to give it back looks again."""
+        self._progress.set()
+
+    def _in_hand(self, leased: Leased) -> bool:
+        if leased.pending:
+            return True
+        return self.busy(leased) if self.busy is not None else leased.handed_round == self._round
+
+    # ------------------------------------------------------------------------------------------------ positions
+
+    async def commit(self, moved: Sequence[Move]) -> None:
+        """Move positions forward without a transaction. Raises LeaseLost for those lost; the others are moved."""
+        wanted = {move.leased: move.end for move in moved if move.end > move.leased.committed}
+        lost: LeaseLost | None = None
+        while wanted:
+            entries = [
+                wire.Offset(self.group, *leased.reading.key, leased.lease, min(leased.committed, end), end)
+                for leased, end in wanted.items()
+            ]
+            for leased in wanted:
+                leased.pending += 1
+            try:
+                await self._engine.commit_offsets(entries, self._timeout)
+            except LeaseLost as error:
+                lost = lost or error
+                still = {one: end for one, end in wanted.items() if not _names(error, one.reading.key)}
+                if len(still) == len(wanted):
+                    raise
+            else:
+                for leased, end in wanted.items():
+                    leased.moved(end)
+                still = {}
+            finally:
+                for leased in wanted:
+                    leased.pending -= 1
+                self.progressed()
+            wanted = still
+        if lost is not None:
+            raise lost
+
+    def hand_out_again(self, leased: Leased, pause: bool) -> None:
+        """Go on behind the stored position."""
+        if pause:
+            self._reader.pause(leased.reading, True)
+        self._reader.seek(leased.reading, leased.committed)
+
+    def commit_soon(self, moved: Sequence[Move]) -> None:
+        """The same, not waited for: what goes wrong is told when the loop comes back, a lost lease by `on_revoked`."""
+
+        async def committing() -> None:
+            with suppress(LeaseLost):
+                await self.commit(moved)
+
+        task = asyncio.get_running_loop().create_task(self._run(committing))
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+
+    def delivered(self) -> list[Move]:
+        """Everything handed out."""
+        return [Move(leased, leased.committed, leased.reading.delivered) for leased in self.held.values()]
+
+    async def store_attempts(self, leased: Leased, offset: int, attempts: int) -> None:
+        """Count attempts at the head of a partition. Raises LeaseLost."""
+        entry = wire.Offset(self.group, *leased.reading.key, leased.lease, offset, offset, None, attempts)
+        await self._engine.commit_offsets([entry], self._timeout)
+        leased.head, leased.attempts = offset, attempts
+
+    async def seek(self, leased: Leased, to: int) -> None:
+        """Set the position of a partition that is held; transactions under way there are not stored."""
+        key = leased.reading.key
+        assert self._member is not None
+        request = wire.Seek(self.group, *key, secrets.token_hex(12), leased.lease, to, self._member.name)
+        sought = await self._engine.seek(request, self._timeout)
+        if self.held.get(key) is not leased:
+            raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost")
+        self._member.sought(key, sought.lease)
+        # A new lease: messages and transactions of the old one move nothing any more.
+        leased.state = "gone"
+        again = Leased(self, wire.Lease(*key, sought.lease, sought.next, 0, 0, None), leased.reading.topic)
+        again.reading.end = leased.reading.end
+        again.reading.paused = leased.reading.paused
+        self.held[key] = again
+        self._reader.remove([key])
+        self._reader.add([again.reading])
+
+
+def _names(error: IdemqError, key: TopicPartition) -> bool:
+    """Is this error about this partition?"""
+    return (error.details.get("topic_id"), error.details.get("partition")) == key

@@ -1,0 +1,283 @@
+"""Reading partitions ahead: one fetch is under way while what it brought before is consumed.
+
+`prefetch_bytes` bounds both. Which partitions are read, from where, and who gets the messages is the subscription's
+business (`consumer.py`); groups and leases are not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+
+from . import records
+from .engine import Engine, FetchedPart, TopicInfo
+from .errors import ChecksumMismatch, ClientClosed, IdemqError, OffsetTruncated, StoreReplaced, UnknownTopic
+from .records import UNLEASED, Delivery, StoredBatch
+from .wire import APPENDS_MAX, FETCH_BYTES_MAX, Code, TopicPartition
+
+FETCH_BYTES = 1 << 20
+"""What one fetch asks for."""
+FETCH_WAIT_S = 5.0
+"""How long the broker keeps a fetch that finds nothing."""
+FETCH_TURN_WAIT_S = 0.1
+"""The same where one fetch cannot ask for all partitions, so that they take turns."""
+
+Piece = tuple[StoredBatch, int, int]
+"""Some messages of one batch: it, the first index, behind the last."""
+
+
+class Reading:
+    """Where reading one partition stands."""
+
+    __slots__ = ("bytes", "delivered", "delivery", "end", "key", "paused", "pieces", "position", "topic", "turn")
+
+    def __init__(self, topic: TopicInfo, index: int, position: int, end: int, delivery: Delivery = UNLEASED) -> None:
+        self.topic = topic
+        self.key = TopicPartition(topic.id, index)
+        self.position = position
+        """The next offset to fetch."""
+        self.delivered = position
+        """The next offset to hand out."""
+        self.end = end
+        """Where the partition ended at the last fetch."""
+        self.delivery = delivery
+        self.paused = False
+        """Nothing is fetched or handed out."""
+        self.pieces: deque[Piece] = deque()
+        """What is fetched and not handed out."""
+        self.bytes = 0
+        self.turn = 0
+        """The lowest is asked for first."""
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """(topic, partition), for people."""
+        return self.topic.name, self.key.partition
+
+
+class Reader:
+    """Fetches what is read; `available` waits for something to hand out, `take` hands it out."""
+
+    def __init__(self, engine: Engine, on_truncated: str, prefetch_bytes: int) -> None:
+        self.readings: dict[TopicPartition, Reading] = {}
+        self.ready: deque[Reading] = deque()
+        """Those with something to hand out, in turn."""
+        self._engine = engine
+        self._on_truncated = on_truncated
+        self._prefetch_bytes = prefetch_bytes
+        self._buffered_bytes = 0
+        self._turn = 0
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._fetching: asyncio.Task[None] | None = None
+        self._error: Exception | None = None
+        self.stopping = False
+        """Iterations are to end."""
+        self._closed = False
+
+    # -------------------------------------------------------------------------------------------- what is read
+
+    def add(self, readings: Iterable[Reading]) -> None:
+        """Read these, too."""
+        for one in readings:
+            self.readings[one.key] = one
+        self._fetch_again()
+
+    def remove(self, keys: Iterable[TopicPartition]) -> None:
+        """Read these no more."""
+        for key in keys:
+            one = self.readings.pop(key, None)
+            if one is not None:
+                self._drop(one)
+        self._fetch_again()
+
+    def seek(self, one: Reading, position: int) -> None:
+        """Go on from here in a partition."""
+        self._drop(one)
+        one.position = one.delivered = position
+        self._error = None
+        self._fetch_again()
+
+    def pause(self, one: Reading, paused: bool) -> None:
+        """Fetch and hand out nothing of a partition, or go on."""
+        if one.paused == paused:
+            return
+        one.paused = paused
+        if paused and one in self.ready:
+            self.ready.remove(one)
+        elif not paused and one.pieces:
+            self.ready.append(one)
+            self._changed.set()
+        self._fetch_again()
+
+    # ---------------------------------------------------------------------------------------------- handing out
+
+    async def available(self, deadline: float | None = None) -> bool:
+        """Wait for something to hand out; False when it is time to end (`stop`), or at the deadline (loop's time)."""
+        while not self.ready or self.stopping:
+            if self._closed:
+                raise ClientClosed("the subscription was closed")
+            if self.stopping:
+                self.stopping = False
+                return False
+            if self._error is not None:
+                raise self._error
+            if not await self.change(deadline):
+                return False
+        return True
+
+    async def change(self, deadline: float | None) -> bool:
+        """Wait until something arrives or ends; False at the deadline (loop's time)."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await self._changed.wait()
+                return True
+        return False
+
+    async def gather(self, wanted: int, deadline: float) -> None:
+        """Wait for as many messages, or for what there is at the deadline (loop's time)."""
+        while (
+            not self.stopping
+            and self._error is None
+            and sum(stop - start for one in self.ready for _, start, stop in one.pieces) < wanted
+            and await self.change(deadline)
+        ):
+            pass
+
+    def take(self, wanted: int) -> Piece:
+        """Hand out messages of the partition whose turn it is: of its first piece, and no more than `wanted`."""
+        one = self.ready[0]
+        stored, start, stop = one.pieces[0]
+        end = min(stop, start + wanted)
+        one.delivered = stored.offset + end
+        if end == stop:
+            self.finish(one)
+        else:
+            one.pieces[0] = (stored, end, stop)
+        return stored, start, end
+
+    def finish(self, one: Reading) -> None:
+        """All of the first piece of the partition whose turn it is was handed out."""
+        stored, _, _ = one.pieces.popleft()
+        self._free(one, stored)
+        self.ready.remove(one)
+        if one.pieces:
+            self.ready.append(one)  # the others' turn
+
+    def first(self, one: Reading) -> None:
+        """It is this partition's turn."""
+        self.ready.remove(one)
+        self.ready.appendleft(one)
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits for messages is told."""
+        self._error = error
+        self._changed.set()
+
+    def stop(self) -> None:
+        """End the iterations that run, as soon as they come back for more."""
+        self.stopping = True
+        self._changed.set()
+
+    def end(self) -> None:
+        """Begin to close: nothing more is read."""
+        self._closed = True
+        self.stop()
+        if self._fetching is not None:
+            self._fetching.cancel()
+
+    async def close(self) -> None:
+        """Stop reading."""
+        self.end()
+        if self._fetching is not None:
+            await asyncio.wait([self._fetching])
+            self._fetching = None
+
+    # ------------------------------------------------------------------------------------------------- fetching
+
+    def _free(self, one: Reading, stored: StoredBatch) -> None:
+        one.bytes -= stored.header.body_length
+        self._buffered_bytes -= stored.header.body_length
+        self._room.set()
+
+    def _drop(self, one: Reading) -> None:
+        while one.pieces:
+            self._free(one, one.pieces.popleft()[0])
+        if one in self.ready:
+            self.ready.remove(one)
+
+    def _fetch_again(self) -> None:
+        """Start fetching from the positions as they are now; a fetch that waits for older ones is dropped."""
+        if self._fetching is not None:
+            self._fetching.cancel()
+            self._fetching = None
+        if not self._closed and any(not one.paused for one in self.readings.values()):
+            self._fetching = asyncio.get_running_loop().create_task(self._fetch())
+
+    async def _fetch(self) -> None:
+        try:
+            while True:
+                while self._buffered_bytes >= self._prefetch_bytes:
+                    self._room.clear()
+                    await self._room.wait()
+                # Those with the least in the buffer first, and in turn: neither a full one nor the limits of a fetch
+                # (its partitions, its bytes) starve the others.
+                wanted = [one for one in self.readings.values() if not one.paused]
+                ranked = sorted(wanted, key=lambda one: (one.bytes, one.turn))[:APPENDS_MAX]
+                ranges = [(*one.key, one.position) for one in ranked]
+                bytes_max = min(FETCH_BYTES_MAX, FETCH_BYTES, max(1, self._prefetch_bytes - self._buffered_bytes))
+                wait = FETCH_WAIT_S if len(ranked) == len(wanted) else FETCH_TURN_WAIT_S
+                parts = await self._engine.fetch(ranges, bytes_max, wait)
+                for part in parts:
+                    self._arrive(part)
+                # Whoever got something goes behind the others; with nothing for anybody all that were asked for go.
+                for one in [self.readings[TopicPartition(part.topic_id, part.partition)] for part in parts] or ranked:
+                    self._turn += 1
+                    one.turn = self._turn
+        except IdemqError as error:
+            self.fail(error)
+
+    def _arrive(self, part: FetchedPart) -> None:
+        one = self.readings[TopicPartition(part.topic_id, part.partition)]
+        if part.code:
+            if not (part.code == Code.OFFSET_TRUNCATED and self._on_truncated == "earliest"):
+                raise _refusal(one, part)
+            one.position = part.earliest
+            if not one.pieces:
+                one.delivered = part.earliest
+            return
+        one.end = max(one.end, part.next)
+        for offset, timestamp, data in part.batches:
+            stored = records.unpack(data, offset, timestamp, one.topic.name, self._engine.incarnation)
+            if (stored.header.topic_id, stored.header.partition) != one.key:
+                raise ChecksumMismatch(f"a batch of another partition lies at {offset} of {one.topic.name!r}")
+            count = stored.header.records
+            start = one.position - offset
+            if not 0 <= start < count:
+                raise ChecksumMismatch(f"asked for {one.position} of {one.topic.name!r}, got {offset}")
+            stored.delivery = one.delivery
+            if not one.pieces:
+                self.ready.append(one)
+            one.pieces.append((stored, start, count))
+            one.bytes += stored.header.body_length
+            self._buffered_bytes += stored.header.body_length
+            one.position = offset + count
+        if part.batches:
+            self._changed.set()
+
+
+def _refusal(one: Reading, part: FetchedPart) -> IdemqError:
+    name = one.topic.name
+    if part.code == Code.OFFSET_TRUNCATED:
+        missed = part.earliest - one.position
+        details = {"missed": missed, "earliest": part.earliest, "partition": part.partition}
+        return OffsetTruncated(f"{missed} messages of partition {part.partition} of {name!r} are gone", details=details)
+    if part.code == Code.UNKNOWN_TOPIC:
+        return UnknownTopic(f"topic {name!r} was deleted")
+    if part.code == Code.STORE_DAMAGED:
+        return ChecksumMismatch(part.text)
+    # We asked for what we had been told exists.
+    return StoreReplaced(f"topic {name!r}: {part.text}")
