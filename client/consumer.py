@@ -115,13 +115,20 @@ class Subscription:
         """{(topic, partition): next offset to be handed out}."""
         return {one.name: one.delivered for one in self._reader.readings.values()}
 
+    def metadata(self) -> dict[tuple[str, int], bytes | None]:
+        """{(topic, partition): what was stored with the group's position when the partition was assigned}."""
+        held = () if self._group is None else self._group.held.values()
+        return {one.reading.name: one.metadata for one in held}
+
     async def open(self) -> None:
         """Find the topics and where to start, or join the group. Raises UnknownTopic."""
         if self._closed:
             raise ClientClosed("the subscription was closed")
+        if self._opened:
+            return
         async with self._opening:  # two may open at once: one does
             if self._opened:
-                return
+                return  # type: ignore[unreachable]  # another task may have opened it meanwhile
             found = {topic.name: topic for topic in await self._engine.topics(self._names, self._timeout)}
             for name in self._names:
                 if name not in found:
@@ -134,7 +141,12 @@ class Subscription:
                     start_offset = self._start
                 elif self._start == "latest":
                     start_ms = NUMBER_MAX
-                await self._group.join([found[name] for name in self._names], start_ms, start_offset)
+                self._opened = True  # before `on_assigned`, which may seek
+                try:
+                    await self._group.join([found[name] for name in self._names], start_ms, start_offset)
+                except BaseException:
+                    self._opened = False
+                    raise
             else:
                 opened: list[Reading] = []  # all of them or none: a failed open can be tried again
                 for topic in found.values():
@@ -308,7 +320,8 @@ class Subscription:
         return self._group
 
     def _reading(self, topic: str, partition: int) -> Reading:
-        for one in self._reader.readings.values():
+        leased = () if self._group is None else [one.reading for one in self._group.held.values()]
+        for one in leased or self._reader.readings.values():
             if one.name == (topic, partition):
                 return one
         raise InvalidRequest(f"partition {partition} of topic {topic!r} is not read here")

@@ -32,12 +32,14 @@ Callback = Callable[[list[tuple[str, int]]], Any]
 class Leased(Delivery):
     """One partition under one lease: where its position stands."""
 
-    __slots__ = ("committed", "group", "handed_round", "pending", "planned", "reading", "rewinds", "state")
+    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "rewinds", "state")
 
     def __init__(self, group: GroupConsumer, lease: wire.Lease, topic: TopicInfo) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
         self.group = group
         self.reading = Reading(topic, lease.partition, lease.next, lease.next, self)
+        self.metadata = lease.metadata
+        """What the position's last mover stored with it."""
         self.committed = lease.next
         """The stored position, as far as is known."""
         self.planned = lease.next
@@ -206,10 +208,13 @@ class GroupConsumer:
             await asyncio.wait(self._tasks)
         if self._commits:
             await asyncio.wait(self._commits, timeout=self._timeout)
-        held, self.held = list(self.held.values()), {}
-        for leased in held:
-            leased.state = "gone"
-        await self._call(self._on_revoked, held)
+        held = list(self.held.values())
+        try:
+            await self._call(self._on_revoked, held)  # it may commit
+        finally:
+            self.held = {}
+            for leased in held:
+                leased.state = "gone"
         if self._member is not None:
             with suppress(IdemqError):  # of a broker that is gone the user hears from what he asks for
                 await self._member.leave(min(LEAVE_S, self._timeout))
@@ -383,6 +388,7 @@ class GroupConsumer:
         self.held[key] = again
         self._reader.remove([key])
         self._reader.add([again.reading])
+        self._reader.seek(again.reading, sought.next)
 
 
 def _names(error: IdemqError, key: TopicPartition) -> bool:

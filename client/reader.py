@@ -72,7 +72,10 @@ class Reader:
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._fetching: asyncio.Task[None] | None = None
-        self._error: Exception | None = None
+        self._failed: Exception | None = None
+        """Why nothing will ever be read again."""
+        self._error: IdemqError | None = None
+        """Why nothing is read until somebody seeks."""
         self.stopping = False
         """Iterations are to end."""
         self._closed = False
@@ -122,8 +125,8 @@ class Reader:
             if self.stopping:
                 self.stopping = False
                 return False
-            if self._error is not None:
-                raise self._error
+            if self._failed or self._error:
+                raise self._failed or self._error or AssertionError
             if not await self.change(deadline):
                 return False
         return True
@@ -141,7 +144,7 @@ class Reader:
         """Wait for as many messages, or for what there is at the deadline (loop's time)."""
         while (
             not self.stopping
-            and self._error is None
+            and not (self._failed or self._error)
             and sum(stop - start for one in self.ready for _, start, stop in one.pieces) < wanted
             and await self.change(deadline)
         ):
@@ -173,8 +176,8 @@ class Reader:
         self.ready.appendleft(one)
 
     def fail(self, error: Exception) -> None:
-        """Whoever waits for messages is told."""
-        self._error = error
+        """The end: whoever waits for messages is told."""
+        self._failed = error
         self._changed.set()
 
     def stop(self) -> None:
@@ -238,7 +241,8 @@ class Reader:
                     self._turn += 1
                     one.turn = self._turn
         except IdemqError as error:
-            self.fail(error)
+            self._error = error
+            self._changed.set()
 
     def _arrive(self, part: FetchedPart) -> None:
         one = self.readings[TopicPartition(part.topic_id, part.partition)]

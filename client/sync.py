@@ -264,6 +264,7 @@ class Subscription(_Facade[consumer.Subscription]):
 
     lag = _quick(consumer.Subscription.lag)
     positions = _quick(consumer.Subscription.positions)
+    metadata = _quick(consumer.Subscription.metadata)
     open = _blocking(consumer.Subscription.open)
     seek = _blocking(consumer.Subscription.seek)
     stop = _quick(consumer.Subscription.stop)
