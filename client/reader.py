@@ -126,9 +126,13 @@ class Reader:
                 self.stopping = False
                 return False
             if self._failed or self._error:
-                raise self._failed or self._error or AssertionError
+                break
             if not await self.change(deadline):
                 return False
+        if self._failed is not None:
+            raise self._failed
+        if not self.ready and self._error is not None:
+            raise self._error
         return True
 
     async def change(self, deadline: float | None) -> bool:

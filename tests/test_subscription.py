@@ -1,0 +1,455 @@
+"""A subscription with a group, on a real broker: what is handed out, what moves the position, what comes again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from typing import Any
+
+import pytest
+
+import idemq
+from idemq import Record
+
+from .support import Broker, broker, eventually, read, run
+
+
+@asynccontextmanager
+async def world(partitions: int = 1, messages: int = 0, **settings: Any) -> AsyncIterator[tuple[Broker, idemq.Client]]:
+    """A broker with topics `t` and `u`, and messages in turn on the partitions of `t`."""
+    async with broker(**settings) as b, idemq.connect(b.url) as mq, mq.producer() as p:
+        await mq.create_topic("t", partitions=partitions)
+        await mq.create_topic("u")
+        if messages:
+            await p.send_many("t", [Record(b"%d" % n, partition=n % partitions) for n in range(messages)])
+        yield b, mq
+
+
+async def positions(mq: idemq.Client, group: str = "g") -> dict[tuple[str, int], int]:
+    return {one[:2]: one.next for one in (await mq.describe_group(group)).offsets}
+
+
+async def take(sub: idemq.Subscription, count: int) -> list[idemq.Message]:
+    found: list[idemq.Message] = []
+    async for batch in sub.batches(max_messages=count, max_wait=0.0):
+        found += batch
+        if len(found) >= count:
+            return found
+    raise AssertionError("it ended")
+
+
+def values(messages: Any) -> list[int]:
+    return [int(one.value) for one in messages]
+
+
+# ------------------------------------------------------------------------------------------------------- positions
+
+
+@run
+async def test_what_is_committed_is_not_delivered_again_and_the_rest_is() -> None:
+    async with world(messages=10) as (_, mq):
+        async with mq.subscribe("t", group="g") as sub:
+            messages = await take(sub, 5)
+            assert [one.attempt for one in messages] == [1] * 5
+            await sub.commit(messages[1])
+            assert await positions(mq) == {("t", 0): 2}
+            await sub.commit(messages[0])  # cumulative and forward only
+            assert await positions(mq) == {("t", 0): 2}
+        async with mq.subscribe("t", group="g") as sub:
+            again = await take(sub, 8)
+            assert values(again) == list(range(2, 10))
+            assert again[0].lease > messages[0].lease > 0
+            await sub.commit()
+        assert await positions(mq) == {("t", 0): 10}
+
+
+@run
+async def test_a_commit_that_is_not_waited_for_is_stored_before_close_returns() -> None:
+    async with world(messages=10) as (_, mq):
+        async with mq.subscribe("t", group="g") as sub:
+            for message in await take(sub, 10):
+                await sub.commit(message, wait=False)
+        assert await positions(mq) == {("t", 0): 10}
+
+
+@run
+async def test_an_error_of_a_commit_that_is_not_waited_for_is_told_when_the_loop_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with world(messages=10) as (_, mq):
+
+        async def refuse(*_: Any) -> None:
+            raise idemq.StoreFull("no room")
+
+        async with mq.subscribe("t", group="g") as sub:
+            messages = await take(sub, 5)
+            monkeypatch.setattr(mq._engine, "commit_offsets", refuse)
+            await sub.commit(messages, wait=False)
+            await asyncio.sleep(0)
+            with pytest.raises(idemq.StoreFull):
+                await take(sub, 1)
+
+
+@run
+async def test_without_a_group_there_is_nothing_to_commit() -> None:
+    async with world(messages=1) as (_, mq):
+        async with mq.subscribe("t") as sub:
+            [message] = await take(sub, 1)
+            with pytest.raises(idemq.InvalidRequest, match="group=NAME"):
+                await sub.commit()
+            async with mq.producer("p") as p:
+                with pytest.raises(idemq.InvalidRequest, match="group=NAME"):
+                    p.transaction([message])
+        for arguments in ({"on_assigned": print}, {"on_revoked": print}):
+            with pytest.raises(idemq.InvalidRequest, match="need a group"):
+                mq.subscribe("t", **arguments)  # type: ignore[arg-type]
+        for wrong in ("", "x" * 300, "a\nb"):
+            with pytest.raises(idemq.InvalidRequest):
+                mq.subscribe("t", group=wrong)
+        async with mq.subscribe("t", group="g") as sub:
+            for what in (7, [7], "x"):
+                with pytest.raises(idemq.InvalidRequest, match="can be committed"):
+                    await sub.commit(what)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- transactions
+
+
+@run
+async def test_a_transaction_moves_the_position_with_its_output_or_hands_out_again() -> None:
+    async with world(partitions=3, messages=30) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as sub:
+            failed = 0
+            done = 0
+            async for batch in sub.batches(max_messages=7, max_wait=0.0):
+                try:
+                    async with p.transaction(batch) as tx:
+                        for message in batch:
+                            tx.send("u", message.value)
+                        tx.set_token(b"%d" % done)
+                        if failed < 5:
+                            failed += 1
+                            raise ZeroDivisionError
+                except ZeroDivisionError:
+                    continue
+                assert len(tx.receipts) == len(batch)
+                done += len(batch)
+                if done == 30:
+                    break
+        assert sorted(values(await read(mq, "u"))) == list(range(30))
+        assert await positions(mq) == {("t", index): 10 for index in range(3)}
+
+
+@run
+async def test_a_batch_that_was_committed_cannot_be_committed_by_a_second_run() -> None:
+    async with world(messages=4) as (_, mq), mq.producer("p") as p, mq.producer("other") as other:
+        async with mq.subscribe("t", group="g") as sub:
+            messages = await take(sub, 2)
+            for producer in (p, other):
+                stored = producer is p
+                with nullcontext() if stored else pytest.raises(idemq.OffsetConflict) as conflict:
+                    async with producer.transaction(messages) as tx:
+                        tx.send("u", b"0")
+            assert conflict is not None
+            assert conflict.value.expected == 2
+            assert values(await take(sub, 2)) == [2, 3]
+        assert len(await read(mq, "u")) == 1
+
+
+@run
+async def test_the_broker_itself_refuses_the_second_run_of_a_block() -> None:
+    """Two members of one name space of leases: the second knows of nothing that the first has stored."""
+    async with world(messages=4) as (_, mq), mq.producer("p") as p, mq.producer("other") as other:
+        async with mq.subscribe("t", group="g") as sub:
+            messages = await take(sub, 2)
+            tx = p.transaction(messages)
+            again = other.transaction(messages)
+            leased: Any = messages[0][0].delivery
+            async with tx:
+                tx.send("u", b"first")
+            leased.committed = leased.planned = 0  # as it is for somebody who never heard of the outcome
+            with pytest.raises(idemq.OffsetConflict) as refused:
+                async with again:
+                    again.send("u", b"second")
+            assert refused.value.expected == 2
+            assert values(await take(sub, 2)) == [2, 3], "it goes on where the group is"
+        assert [one.value for one in await read(mq, "u")] == [b"first"]
+
+
+@run
+async def test_two_transactions_at_once_follow_each_other() -> None:
+    async with world(messages=40) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as sub:
+
+            async def store(messages: list[idemq.Message]) -> None:
+                async with p.transaction(messages) as tx:
+                    for message in messages:
+                        tx.send("u", message.value)
+
+            for _ in range(2):
+                one, two = await take(sub, 10), await take(sub, 10)
+                await asyncio.gather(store(one), store(two))
+        assert values(await read(mq, "u")) == list(range(40))
+        assert await positions(mq) == {("t", 0): 40}
+
+
+@run
+async def test_behind_a_transaction_that_fails_the_next_is_not_stored_and_both_are_handed_out_again() -> None:
+    async with world(messages=20) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as sub:
+
+            async def store(messages: list[idemq.Message], topic: str) -> None:
+                async with p.transaction(messages) as tx:
+                    tx.send(topic, b"output")
+
+            one, two = await take(sub, 10), await take(sub, 10)
+            outcomes = await asyncio.gather(store(one, "gone"), store(two, "u"), return_exceptions=True)
+            assert isinstance(outcomes[0], idemq.UnknownTopic)
+            assert isinstance(outcomes[1], idemq.OffsetConflict | idemq.TransactionAborted)
+            assert values(await take(sub, 20)) == list(range(20))
+        assert await read(mq, "u") == []
+        assert await positions(mq) == {("t", 0): 0}
+
+
+@run
+async def test_one_transaction_over_two_groups_and_metadata_for_the_next_holder() -> None:
+    async with world(messages=6) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as one, mq.subscribe("t", group="h") as two:
+            assert one.metadata() == {("t", 0): None}
+            async with p.transaction() as tx:
+                tx.commit_offsets(await take(one, 3), metadata=b"state of g")
+                tx.commit_offsets((await take(two, 5))[-1])
+                with pytest.raises(idemq.InvalidRequest, match="metadata"):
+                    tx.commit_offsets([], metadata=b"x" * 5000)
+        assert (await positions(mq), await positions(mq, "h")) == ({("t", 0): 3}, {("t", 0): 5})
+        assert (await mq.describe_group("g")).offsets[0].metadata == b"state of g"
+        async with mq.subscribe("t", group="g") as sub:
+            assert sub.metadata() == {("t", 0): b"state of g"}
+
+
+# ------------------------------------------------------------------------------------------------------ membership
+
+
+@run
+async def test_members_share_the_partitions_and_a_leaving_one_gives_back_at_once() -> None:
+    async with world(partitions=4, messages=40) as (_, mq):
+        async with AsyncExitStack() as stack:
+            told: list[tuple[str, list[tuple[str, int]]]] = []
+            first = await stack.enter_async_context(
+                mq.subscribe(
+                    "t",
+                    group="g",
+                    on_assigned=lambda partitions: told.append(("assigned", partitions)),
+                    on_revoked=lambda partitions: told.append(("revoked", partitions)),
+                )
+            )
+            assert [("assigned", sorted(first.assigned))] == told
+            assert len(first.assigned) == 4
+            second = await stack.enter_async_context(mq.subscribe("t", group="g"))
+            # Nothing is in the first one's hands, so it gives back without being asked for messages.
+            await eventually(lambda: (len(first.assigned), len(second.assigned)) == (2, 2))
+            assert sorted(first.assigned + second.assigned) == [("t", index) for index in range(4)]
+            kept = set(first.assigned)
+            assert {one for what, ones in told if what == "revoked" for one in ones} == {
+                ("t", index) for index in range(4)
+            } - kept
+            info = await mq.describe_group("g")
+            assert sorted(one for member in info.members for one in member.assigned) == [("t", n) for n in range(4)]
+            await second.close()
+            await eventually(lambda: len(first.assigned) == 4)
+        assert told[-1] == ("revoked", told[-1][1])
+        assert (await mq.describe_group("g")).members == []
+
+
+@run
+async def test_what_is_in_hand_is_finished_before_its_partition_is_given_back() -> None:
+    async with world(partitions=2, messages=20) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as first:
+            batches = first.batches(max_messages=20, max_wait=0.2)
+            batch = await anext(batches)
+            assert len(batch) == 20
+            async with mq.subscribe("t", group="g") as second:
+                for _ in range(10):
+                    await mq.ping()
+                assert second.assigned == [], "the first still works on both"
+                async with p.transaction(batch) as tx:
+                    for message in batch:
+                        tx.send("u", message.value)
+                asking = asyncio.create_task(anext(batches))  # the loop comes back for more
+                await eventually(lambda: len(second.assigned) == 1)
+                asking.cancel()
+        assert sorted(values(await read(mq, "u"))) == list(range(20))
+
+
+@run
+async def test_a_member_that_does_not_finish_in_time_loses_the_partition_and_cannot_commit() -> None:
+    async with world(partitions=2, messages=20, release_ms_max=200) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as first:
+            batch = await anext(first.batches(max_messages=20, max_wait=0.2))
+            async with mq.subscribe("t", group="g") as second:
+                await eventually(lambda: len(second.assigned) == 1)
+                with pytest.raises(idemq.LeaseLost) as lost:
+                    async with p.transaction(batch) as tx:
+                        tx.send("u", b"too late")
+                assert [("t", index) for _, index in lost.value.partitions] == second.assigned
+                kept = first.assigned
+                assert len(kept) == 1
+                again = await take(first, 10)
+                assert {(one.topic, one.partition) for one in again} == set(kept), "the rest is handed out again"
+                async with p.transaction(again) as tx:
+                    tx.send("u", b"in time")
+        assert [one.value for one in await read(mq, "u")] == [b"in time"]
+
+
+@run
+async def test_callbacks_may_wait_seek_and_commit_and_what_they_raise_is_told() -> None:
+    async with world(messages=10) as (_, mq):
+        seen: list[str] = []
+
+        async def on_assigned(partitions: list[tuple[str, int]]) -> None:
+            await sub.seek("t", 0, 4)
+            seen.append("assigned")
+
+        async def on_revoked(partitions: list[tuple[str, int]]) -> None:
+            await sub.commit()
+            seen.append("revoked")
+
+        sub = mq.subscribe("t", group="g", on_assigned=on_assigned, on_revoked=on_revoked)
+        async with sub:
+            assert values(await take(sub, 3)) == [4, 5, 6]
+        assert seen == ["assigned", "revoked"]
+        assert await positions(mq) == {("t", 0): 7}
+
+        def failing(partitions: list[tuple[str, int]]) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            async with mq.subscribe("t", group="g", on_assigned=failing):
+                pass
+        assert (await mq.describe_group("g")).members == []
+
+
+@run
+async def test_a_callback_that_fails_later_ends_the_subscription() -> None:
+    async with world(partitions=2, messages=10) as (_, mq):
+
+        def failing(partitions: list[tuple[str, int]]) -> None:
+            raise ZeroDivisionError
+
+        first = mq.subscribe("t", group="g", on_revoked=failing)
+        await first.open()
+        async with mq.subscribe("t", group="g"):
+            with pytest.raises(ZeroDivisionError):
+                async for _ in first.batches():
+                    pass
+        with pytest.raises(ZeroDivisionError):
+            await first.close()
+
+
+# ------------------------------------------------------------------------------------------ seek, pause, administration
+
+
+@run
+async def test_a_seek_is_stored_and_what_was_in_hand_cannot_be_committed() -> None:
+    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g") as sub:
+        messages = await take(sub, 5)
+        await sub.seek("t", 0, 2)
+        assert await positions(mq) == {("t", 0): 2}
+        with pytest.raises(idemq.LeaseLost):
+            await sub.commit(messages)
+        again = await take(sub, 3)
+        assert values(again) == [2, 3, 4]
+        assert again[0].lease > messages[0].lease
+        await sub.commit(again)
+        assert await positions(mq) == {("t", 0): 5}
+        for topic, index in (("t", 1), ("none", 0)):
+            with pytest.raises(idemq.InvalidRequest, match="not read here"):
+                await sub.seek(topic, index, 0)
+
+
+@run
+async def test_an_administrator_seeks_and_members_go_on_from_there() -> None:
+    async with world(partitions=2, messages=20) as (_, mq):
+        async with mq.subscribe("t", group="g") as sub:
+            await sub.commit(await take(sub, 20))
+            await mq.seek_group("g", "t", 3, partition=1)
+            assert values(await take(sub, 7)) == list(range(7, 20, 2))
+            await mq.seek_group("g", "t", "latest")
+            assert await positions(mq) == {("t", 0): 10, ("t", 1): 10}
+            await mq.seek_group("g", "t", "earliest", partition=0)
+            assert values(await take(sub, 10)) == list(range(0, 20, 2))
+        with pytest.raises(idemq.InvalidRequest, match=r"partitions 0 \.\. 1"):
+            await mq.seek_group("g", "t", 0, partition=2)
+        with pytest.raises(idemq.UnknownTopic):
+            await mq.seek_group("g", "none", 0)
+        await mq.seek_group("new", "t", 4)
+        assert await positions(mq, "new") == {("t", 0): 4, ("t", 1): 4}
+        async with mq.subscribe("t", group="new", start="latest") as sub:
+            assert sorted(values(await take(sub, 12))) == list(range(8, 20))
+
+
+@run
+async def test_a_paused_partition_hands_out_nothing_and_stays() -> None:
+    async with world(partitions=2, messages=20) as (_, mq):
+        async with mq.subscribe("t", group="g") as sub:
+            await sub.pause("t", 0)
+            assert values(await take(sub, 10)) == list(range(1, 20, 2))
+            assert sorted(sub.assigned) == [("t", 0), ("t", 1)]
+            await sub.resume("t", 0)
+            assert values(await take(sub, 10)) == list(range(0, 20, 2))
+        async with mq.subscribe("t") as sub:  # the same without a group
+            await sub.pause("t", 1)
+            assert values(await take(sub, 10)) == list(range(0, 20, 2))
+            await sub.resume("t", 1)
+            assert values(await take(sub, 10)) == list(range(1, 20, 2))
+            with pytest.raises(idemq.InvalidRequest, match="not read here"):
+                await sub.pause("t", 2)
+
+
+@run
+async def test_groups_are_listed_described_and_deleted() -> None:
+    async with world(partitions=2, messages=20) as (_, mq):
+        assert await mq.groups() == []
+        with pytest.raises(idemq.UnknownGroup):
+            await mq.describe_group("g")
+        async with mq.subscribe("t", group="g") as sub, mq.subscribe("t", group="h"):
+            await sub.commit((await take(sub, 20))[:5])
+            assert [one.name for one in await mq.groups()] == ["g", "h"]
+            found = await mq.describe_group("g")
+            assert sum(one.next for one in found.offsets) + sum(one.lag for one in found.offsets) == 20
+            assert [(one.attempts, one.metadata) for one in found.offsets] == [(0, None)] * 2
+            [member] = found.members
+            assert (sorted(member.assigned), member.address[:10]) == ([("t", 0), ("t", 1)], "127.0.0.1:")
+            with pytest.raises(idemq.InvalidRequest, match="1 members: stop them first"):
+                await mq.delete_group("g")
+        await mq.delete_group("g")
+        assert [one.name for one in await mq.groups()] == ["h"]
+        with pytest.raises(idemq.UnknownGroup):
+            await mq.delete_group("g")
+
+
+@run
+async def test_truncation_is_told_and_a_seek_goes_on() -> None:
+    async with world(messages=10) as (_, mq):
+        async with mq.subscribe("t", group="g") as sub:
+            await sub.commit(await take(sub, 2))
+        await mq.purge_topic("t")
+        await mq.send("t", b"10")
+        async with mq.subscribe("t", group="g") as sub:
+            with pytest.raises(idemq.OffsetTruncated) as truncated:
+                await take(sub, 1)
+            assert truncated.value.missed == 8
+            await sub.seek("t", 0, "earliest")
+            assert values(await take(sub, 1)) == [10]
+        async with mq.subscribe("t", group="h", on_truncated="earliest") as sub:
+            assert values(await take(sub, 1)) == [10]
+
+
+@run
+async def test_a_topic_that_is_deleted_ends_its_members() -> None:
+    async with world(messages=1) as (_, mq), mq.subscribe("t", "u", group="g") as sub:
+        await take(sub, 1)
+        await mq.delete_topic("u")
+        with pytest.raises(idemq.UnknownTopic):
+            await take(sub, 1)
