@@ -7,8 +7,7 @@ An application acts when its turn comes and is told outcomes as they arrive. It 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,17 @@ from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
 from idemq.client.pipeline import Producer, Tally
 from idemq.client.records import Record
 
-from .oracle import Ask, Source, Transaction, Violation
+from .oracle import Ask, Input, Source, Transaction, Violation
 
 if TYPE_CHECKING:
     from .world import Process, World
 
 OUTSTANDING_MAX = 40
+TOPICS = ("t0", "t1", "t2", "t3")
+
+
+Output = tuple[Input, bool]
+"""What a record is the output of, and whether it is a dead letter."""
 
 
 class Called:
@@ -39,6 +43,8 @@ class App:
     """One application."""
 
     named = False
+    supervised = False
+    """Is another started whenever it ends?"""
 
     def __init__(self, world: World, process: Process) -> None:
         self.world = world
@@ -46,6 +52,9 @@ class App:
         self.session = process.session
         self.name = ""
         self.outstanding = 0
+        """Waiters of the producer's."""
+        self.asking = 0
+        """Other requests that are not answered."""
         self.over = False
         self.rng = world.rng
 
@@ -55,7 +64,7 @@ class App:
     @property
     def done(self) -> bool:
         """Has it nothing to wait for?"""
-        return self.outstanding == 0
+        return self.outstanding == 0 and self.asking == 0
 
     def act(self, healed: bool) -> None:
         """Its turn."""
@@ -72,14 +81,32 @@ class App:
 
     def ask(self, request: Any, then: Callable[[Any], None], seconds: float = inf) -> None:
         """Call the broker."""
-        self.outstanding += 1
+        self.asking += 1
 
         def settled(answer: Any) -> None:
-            self.outstanding -= 1
+            self.asking -= 1
             then(answer)
 
         self.world.operations += 1
         self.session.call(self.world.now, request, Called(settled), self.world.now + seconds)
+
+    def ready(self) -> bool:
+        """May it go on? When its session has ended, a new process is started."""
+        if self.session.error is None:
+            return True
+        self.over = True
+        self.world.after(0.2, self._replace_process, None, None)
+        return False
+
+    def _replace_process(self, _one: None, _two: None) -> None:
+        if self.world.alive(self.process):
+            self.world.restart(self.process)
+
+    def _replace(self) -> None:
+        self.over = True
+        twin = self.twin(self.process)
+        self.process.apps.append(twin)
+        self.world.after(self.rng.random() * 0.3, self.world.act, self.process, twin)
 
 
 class Sending(App):
@@ -118,6 +145,7 @@ class Sending(App):
             pending = getattr(value, "pending", None)
             if pending is not None and not pending.done:
                 pending.waiters.append(what)
+                self.undecided(what)
                 return
         self.outstanding -= 1
         if isinstance(value, IdemqError):
@@ -126,6 +154,9 @@ class Sending(App):
 
     def decided(self, what: Ask | Transaction, value: Any) -> None:
         """An outcome that is final."""
+
+    def undecided(self, what: Ask | Transaction) -> None:
+        """The outcome comes later."""
 
     def ready(self) -> bool:
         """Open the name first; see whether the producer still lives."""
@@ -136,8 +167,9 @@ class Sending(App):
             self.over = True
             if self.session.error is not None:
                 self.world.after(0.2, self._replace_process, None, None)
-            elif not self.world.healed and self.rng.random() < (
-                0.3 if isinstance(producer.error, ProducerFenced) else 0.9
+            elif self.supervised or (
+                not self.world.healed
+                and self.rng.random() < (0.3 if isinstance(producer.error, ProducerFenced) else 0.9)
             ):
                 self._replace()
             return False
@@ -159,21 +191,11 @@ class Sending(App):
             if row is not None and self.producer.last_seq > row.last_seq:
                 raise Violation(f"{self} was told {self.producer.last_seq}, {row.last_seq} is durable")
 
-    def _replace_process(self, _one: None, _two: None) -> None:
-        if self.world.alive(self.process):
-            self.world._start(self.process.number)
-
-    def _replace(self) -> None:
-        self.over = True
-        twin = self.twin(self.process)
-        self.process.apps.append(twin)
-        self.world.after(self.rng.random() * 0.3, self.world.act, self.process, twin)
-
     def topic(self) -> tuple[str, int | None]:
         """Where to send next."""
         rng = self.rng
         # Keys and sticky partitions are the client's own tests; here the partition is ours or the session's.
-        return rng.choice(("t0", "t0", "t1", "t2")), (0 if rng.random() < 0.5 else None)
+        return rng.choice(("t0", "t0", "t1", "t2", "t3")), (0 if rng.random() < 0.5 else None)
 
     def seq(self) -> int | None:
         """The next record's number, if it is ours to give."""
@@ -251,29 +273,33 @@ class Sending(App):
         elif isinstance(answer, IdemqError):
             self.failed = True
 
-    def transact(self, count: int, token: bool, offset: wire.Offset | None = None) -> None:
-        """Records on several topics, stored whole or not at all."""
+    def transact(
+        self,
+        count: int,
+        token: bool,
+        offsets: Sequence[wire.Offset] = (),
+        outputs: Sequence[Output] = (),
+        block: Any = None,
+    ) -> None:
+        """Records on several topics, stored whole or not at all; with `outputs` the first of them are those."""
         world, now = self.world, self.world.now
+        tx = Transaction(self, self.session, self.producer, None)
+        tx.offsets, tx.block = list(offsets), block
         targets = [self.topic() for _ in range(count)]
         topics = []
         for name, _ in targets:
             topic = self.session.topic(now, name)
             if topic is None:
                 self.session.look_up(now, name, Called(_settled), now + 5.0)
-                if offset is not None:
-                    self.decided(Transaction(self, self.session, self.producer, None), None)
+                self.decided(tx, None)
                 return
             topics.append(topic)
-        tx = Transaction(self, self.session, self.producer, None)
-        if offset is not None:
-            tx.key = OffsetKey(offset.group, offset.topic_id, offset.partition)
-            tx.lease, tx.start, tx.end = offset.lease, offset.start, offset.end
-            if not count:
-                world.oracle.moves.setdefault((tx.key, tx.start), []).append(tx)
         sends = []
-        for topic, (_, partition) in zip(topics, targets, strict=True):
+        for index, (topic, (_, partition)) in enumerate(zip(topics, targets, strict=True)):
             ask = Ask(self, self.session, self.producer, self.source, topic.name, partition)
             ask.tx = tx
+            if index < len(outputs):
+                ask.input, ask.is_dead_letter = outputs[index]
             tx.asks.append(ask)
             value = world.oracle.give(ask)
             seq = self.seq()
@@ -286,9 +312,7 @@ class Sending(App):
             world.oracle.tokens[tx.token] = tx
         world.operations += max(1, count)
         self.outstanding += 1
-        last = self.session.transact(
-            now, self.producer, sends, [offset] if offset else [], tx.token, tx, now + world.timeout_s
-        )
+        last = self.session.transact(now, self.producer, sends, offsets, tx.token, tx, now + world.timeout_s)
         for index, ask in enumerate(tx.asks):
             if ask.seq < 0 and self.producer.dedup:
                 ask.seq = last - count + 1 + index
@@ -418,143 +442,6 @@ class Sender(Sending):
                 self.send(None)
 
 
-class Leasing(Sending):
-    """Whatever moves a group's position in the first partition of a topic."""
-
-    group = ""
-
-    def __init__(self, world: World, process: Process) -> None:
-        world.session_number += 1
-        super().__init__(world, process, f"~{world.session_number}", anonymous=True)
-        self.topic_id = 0
-        self.lease = 0
-        self.known = 0
-        self.next = 0
-        self.busy = False
-
-    def twin(self, process: Process) -> App:
-        return type(self)(self.world, process)
-
-    def act(self, healed: bool) -> None:
-        if not self.ready() or self.busy or self.outstanding:
-            return
-        if healed and self.caught_up():
-            return
-        now = self.world.now
-        topic = self.session.topic(now, "t0")
-        if topic is None:
-            self.busy = True
-            self.session.look_up(now, "t0", Called(self._found), now + 5.0)
-            return
-        if topic.topic_id != self.topic_id:
-            self.topic_id, self.lease, self.known = topic.topic_id, 0, 0
-        self.busy = True
-        if not self.lease:
-            self.world.oracle.asked_at.setdefault(self.session.config.session, now)
-            request = wire.Grant(self.group, self.topic_id, 0, self.session.config.session, self.known)
-            self.ask(request, self._granted, 5.0)
-        else:
-            fetch = wire.Fetch([wire.Range(self.topic_id, 0, self.next)], 200, 0)
-            self.ask(fetch, self._fetched, 5.0)
-
-    def caught_up(self) -> bool:
-        """Is all input taken?"""
-        world = self.world
-        for topic in world.store.topics():
-            if topic.name == "t0" and not topic.deleted:
-                key = OffsetKey(self.group, topic.topic_id, 0)
-                row = world.oracle.life.offsets.get(key)
-                return row is not None and row.next >= len(world.oracle.life.logs.get((topic.topic_id, 0), ()))
-        return True
-
-    @property
-    def done(self) -> bool:
-        return self.outstanding == 0 and not self.busy and self.caught_up()
-
-    def _found(self, answer: Any) -> None:
-        self.busy = False
-
-    def _granted(self, answer: Any) -> None:
-        self.busy = False
-        if type(answer) is wire.Granted:
-            self.lease, self.next = answer.lease, answer.next
-        elif isinstance(answer, IdemqError) and "epoch" in answer.details:
-            epoch = answer.details["epoch"]
-            # Taking it over at once would be a fight; once healed, somebody must.
-            self.known = epoch if isinstance(epoch, int) and self.rng.random() < 0.4 else self.known
-        elif isinstance(answer, IdemqError):
-            self._forget_topic()
-
-    def _forget_topic(self) -> None:
-        self.lease = self.known = 0
-        self.busy = True
-        self.session.look_up(self.world.now, "t0", Called(self._found), self.world.now + 5.0)
-
-    def _fetched(self, answer: Any) -> None:
-        self.busy = False
-        if isinstance(answer, IdemqError):
-            return
-        part = answer[0].parts[0]
-        if part.code == "OFFSET_TRUNCATED":
-            self.move(part.earliest, skipping=True)
-        elif part.code == "UNKNOWN_TOPIC":
-            self._forget_topic()
-        elif part.batches:
-            self.move(self.rng.randint(max(self.next, part.batches[-1].offset) + 1, part.next), skipping=False)
-
-    def move(self, end: int, skipping: bool) -> None:
-        """Input up to here is worked on."""
-        raise AssertionError("each has its own")
-
-
-class Worker(Leasing):
-    """Consumes, processes and produces in one transaction."""
-
-    group = "worker"
-
-    def move(self, end: int, skipping: bool) -> None:
-        self.busy = True
-        offset = wire.Offset(self.group, self.topic_id, 0, self.lease, self.next, end)
-        self.transact(0 if skipping else self.rng.randint(0, 2), False, offset)
-
-    def topic(self) -> tuple[str, int | None]:
-        return self.rng.choice(("t1", "t2")), 0
-
-    def decided(self, what: Ask | Transaction, value: Any) -> None:
-        self.busy = False
-        self.failed = False
-        assert isinstance(what, Transaction)
-        if isinstance(value, list):
-            self.next = what.end
-            # A second run of a block whose outcome came late, or was believed lost: it must be refused.
-            if self.rng.random() < 0.1:
-                self.next = what.start
-        elif isinstance(value, IdemqError):
-            self.lease = 0
-
-
-class Mover(Leasing):
-    """Commits positions without a producer, several at a time."""
-
-    group = "mover"
-
-    def move(self, end: int, skipping: bool) -> None:
-        # The last of them may be an old one: a position never goes back.
-        again = [self.rng.randint(0, self.next)] if self.rng.random() < 0.3 else []
-        for position in [*range(self.next + 1, end + 1), *again]:
-            offset = wire.Offset(self.group, self.topic_id, 0, self.lease, min(self.next, position), position)
-            self.busy = True
-            self.ask(wire.Commit(0, 0, -1, -1, [], [offset]), partial(self._moved, offset), 5.0)
-
-    def _moved(self, offset: wire.Offset, answer: Any) -> None:
-        self.world.oracle.moved_plainly(self.session, offset, answer)
-        self.busy = False
-        if type(answer) is wire.Committed:
-            self.next = max(self.next, offset.end)
-        else:
-            self.lease = 0
-
-
 class Follower(App):
     """Reads every partition from its beginning."""
 
@@ -569,19 +456,17 @@ class Follower(App):
         return all(
             self.positions.get((topic.topic_id, index), 0) >= len(life.logs.get((topic.topic_id, index), ()))
             for topic in self.world.store.topics()
-            if not topic.deleted and topic.name in ("t0", "t1", "t2")
+            if not topic.deleted and topic.name in TOPICS
             for index in range(len(topic.floors))
         )
 
     def act(self, healed: bool) -> None:
-        if self.session.error is not None:
-            self.over = True
-            self.world.after(0.2, self._replace_process, None, None)
+        if not self.ready():
             return
         rng, now = self.rng, self.world.now
         if healed and self.done:
             return
-        for name in ("t0", "t1", "t2"):
+        for name in TOPICS:
             topic = self.session.topic(now, name)
             if topic is None:
                 self.session.look_up(now, name, None, inf)
@@ -591,16 +476,12 @@ class Follower(App):
                 self.ids[name] = topic.topic_id
             for index in range(topic.partitions):
                 self.positions.setdefault((topic.topic_id, index), 0)
-        if not self.positions or self.outstanding > 1:
+        if not self.positions or self.asking > 1:
             return
         ranges = [wire.Range(*key, at) for key, at in self.positions.items()]
         wait_ms = rng.choice((0, 0, 100, 1500))
         request = wire.Fetch(ranges, rng.choice((1, 300, 1 << 20)), wait_ms)
         self.ask(request, lambda answer: self._fetched(ranges, answer))
-
-    def _replace_process(self, _one: None, _two: None) -> None:
-        if self.world.alive(self.process):
-            self.world._start(self.process.number)
 
     def _fetched(self, ranges: list[wire.Range], answer: Any) -> None:
         if isinstance(answer, IdemqError):
@@ -636,7 +517,8 @@ class Follower(App):
                     self.positions[key] = max(self.positions[key], at)
 
 
-# --------------------------------------------------------------------------------------------- who runs where
+def _settled(answer: Any) -> None:
+    """Nobody minds what became of it."""
 
 
 def source_of(world: World, name: str) -> Source:
@@ -646,34 +528,7 @@ def source_of(world: World, name: str) -> Source:
     return world.sources[name]
 
 
-def apps_of(world: World, process: Process) -> list[App]:
-    """What runs on a client."""
-    number = process.number
-    if number == 0:
-        return [
-            Loader(world, process, source_of(world, "load0")),
-            Sender(world, process, "counted"),
-            Worker(world, process),
-        ]
-    if number == 1:
-        return [
-            Loader(world, process, source_of(world, "load1")),
-            Sender(world, process, "anonymous"),
-            Worker(world, process),
-        ]
-    if number == 2:
-        return [Sender(world, process, "plain"), Follower(world, process), Sender(world, process, "anonymous")]
-    if number == 3:
-        return [Mover(world, process), Sender(world, process, "counted"), Follower(world, process)]
-    return [
-        Mover(world, process),
-        Sender(world, process, "anonymous"),
-        Loader(world, process, source_of(world, "load0")),
-    ]
-
-
-def _settled(answer: Any) -> None:
-    """Nobody minds what became of it."""
+# ------------------------------------------------------------------------------------------------ what nobody owns
 
 
 def admin(world: World, process: Process) -> None:
@@ -686,12 +541,12 @@ def admin(world: World, process: Process) -> None:
 
     topics = [topic for topic in world.store.topics() if not topic.deleted]
     if world.healed:
-        for name in ("t0", "t1", "t2"):
+        for name in TOPICS:
             if name not in [topic.name for topic in topics]:
                 ask(wire.CreateTopic(name, 1, wire.Settings(), exist_ok=True, nonce="n"))
         return
     chance = rng.random()
-    name = rng.choice(("t0", "t1", "t2", "extra", f"x{rng.randrange(9)}"))
+    name = rng.choice((*TOPICS, "extra", f"x{rng.randrange(9)}"))
     if chance < 0.25:
         settings = wire.Settings(retention_bytes=rng.choice((None, None, 100)))
         nonce = f"n{world.operations}"
@@ -786,7 +641,7 @@ def probe(world: World) -> None:
         )
     elif kind == 14:
         world.probe(
-            rng.choice((wire.DeleteProducer(far, 1), wire.Grant("g", far, 0, "p", 0), wire.OffsetAt(far, 0, 0)))
+            rng.choice((wire.DeleteProducer(far, 1), wire.Seek("g", far, 0, "nonce", 0, 0), wire.OffsetAt(far, 0, 0)))
         )
     else:
         requests = (wire.Hello(wire.VERSION, "again"), wire.Open(f"nobody{rng.randrange(99)}", "p", far), wire.Pong(1))

@@ -30,7 +30,7 @@ class WatchedCore(Core):
             before = self._producer_named(request.name)
         elif kind is wire.Commit:
             before = self._producer(request.producer_id) if request.producer_id else None
-        elif kind is wire.Grant:
+        elif kind is wire.Seek:
             before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
         elif kind is wire.CreateTopic:
             before = self._topic_ids.get(request.name)
@@ -49,6 +49,9 @@ class WatchedCore(Core):
                 where = "nothing"
             if kind is wire.Fetch:
                 COUNTS["core: Fetch waits"] += 1
+                return output
+            if not group.replies or group.replies[-1][:2] != (connection, correlation):
+                COUNTS["core: Heartbeat waits"] += 1
                 return output
             COUNTS[f"core: a reply waits for {where}"] += 1
             message = group.replies[-1].message
@@ -85,9 +88,9 @@ class WatchedCore(Core):
         elif type(message) is wire.Opened:
             what = "creates" if before is None else "is repeated" if before.epoch == message.epoch else "takes over"
             COUNTS[f"core: Open {what}"] += 1
-        elif type(message) is wire.Granted:
-            what = "creates" if before is None else "is repeated" if before.lease == message.lease else "takes over"
-            COUNTS[f"core: Grant {what}"] += 1
+        elif type(message) is wire.Sought:
+            what = "creates" if before is None else "is repeated" if before.lease == message.lease else "applied"
+            COUNTS[f"core: Seek {what}"] += 1
         elif name == "CreateTopic":
             COUNTS[f"core: CreateTopic {'creates' if before is None else 'finds'}"] += 1
         elif name in ("DeleteTopic", "DeleteProducer"):
@@ -292,11 +295,6 @@ REQUIRED = [
     "core: Fetch UNKNOWN_TOPIC",
     "core: Fetch reads",
     "core: Fetch waits",
-    "core: Grant OPEN_RACE",
-    "core: Grant UNKNOWN_TOPIC",
-    "core: Grant creates",
-    "core: Grant is repeated",
-    "core: Grant takes over",
     "core: Hello BAD_REQUEST",
     "core: Hello answered",
     "core: Metadata answered",

@@ -7,11 +7,13 @@ or the session's state, and it keeps a log of its own. A breach of the promise r
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import msgpack
 
-from idemq.broker.core import Group
+from idemq.broker.core import Connection, Group
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.producers import ProducerRow
 from idemq.client import wire
@@ -61,7 +63,20 @@ class Source:
 class Ask:
     """One record that was given to a producer. Its value names it, and no other record has the same."""
 
-    __slots__ = ("answer", "app", "number", "partition", "producer", "seq", "session", "source", "topic", "tx")
+    __slots__ = (
+        "answer",
+        "app",
+        "input",
+        "is_dead_letter",
+        "number",
+        "partition",
+        "producer",
+        "seq",
+        "session",
+        "source",
+        "topic",
+        "tx",
+    )
 
     def __init__(
         self, app: Any, session: Session, producer: Producer, source: Source | None, topic: str, partition: int | None
@@ -75,6 +90,9 @@ class Ask:
         self.number = -1
         self.seq = -1
         self.tx: Transaction | None = None
+        self.input: Input | None = None
+        """What it is the output of."""
+        self.is_dead_letter = False
         self.answer: Any = None
 
     def settled(self, value: Any) -> None:
@@ -82,10 +100,17 @@ class Ask:
         self.app.settled(self, value)
 
 
-class Transaction:
-    """Records, and perhaps a token and a group's move, that are stored whole or not at all."""
+class Input(NamedTuple):
+    """One message that a group has to handle."""
 
-    __slots__ = ("answer", "app", "asks", "end", "key", "lease", "number", "producer", "session", "start", "token")
+    key: OffsetKey
+    offset: int
+
+
+class Transaction:
+    """Records, and perhaps a token and moves of a group, that are stored whole or not at all."""
+
+    __slots__ = ("answer", "app", "asks", "block", "number", "offsets", "producer", "session", "token")
 
     def __init__(self, app: Any, session: Session, producer: Producer, token: bytes | None) -> None:
         self.app = app
@@ -93,9 +118,10 @@ class Transaction:
         self.producer = producer
         self.token = token
         self.asks: list[Ask] = []
-        self.key: OffsetKey | None = None
+        self.offsets: list[wire.Offset] = []
+        self.block: Any = None
+        """What the application handles with it."""
         self.number = 0
-        self.lease = self.start = self.end = 0
         self.answer: Any = None
 
     def settled(self, value: Any) -> None:
@@ -103,11 +129,21 @@ class Transaction:
         self.app.settled(self, value)
 
 
+class Place(NamedTuple):
+    """Where a group stands in one partition, by what the broker answered."""
+
+    next: int
+    lease: int
+    attempts: int = 0
+
+
 class Life:
     """What is durable in one store. A restored copy begins a new life."""
 
     __slots__ = (
+        "applied",
         "counter",
+        "ends",
         "floors",
         "holders",
         "incarnation",
@@ -118,8 +154,10 @@ class Life:
         "order",
         "owners",
         "place",
+        "places",
         "progress",
         "rows",
+        "sought",
         "tokens",
     )
 
@@ -137,6 +175,13 @@ class Life:
         self.owners: dict[int, str] = {}
         """Producer id -> name, also of those deleted."""
         self.offsets: dict[OffsetKey, OffsetRow] = {}
+        self.places: dict[OffsetKey, Place] = {}
+        self.applied: dict[wire.Offset, None] = {}
+        """Entries of transactions that have moved a position."""
+        self.ends: dict[tuple[OffsetKey, int], int] = {}
+        """Where a lease ended."""
+        self.sought: dict[str, None] = {}
+        """Nonces of the seeks that are done."""
         self.floors: dict[LogKey, int] = {}
         self.names: dict[int, str] = {}
         self.holders: dict[tuple[Any, int], str] = {}
@@ -163,11 +208,18 @@ class Oracle:
         self.asks: list[Ask] = []
         self.open = 0
         """Answers that are still owed."""
-        self.moves: dict[tuple[OffsetKey, int], list[Transaction]] = {}
-        """Transactions that move a position and carry no record."""
+        self.starts: dict[str, list[tuple[int, int | None]]] = {}
+        """Group -> (start_ms, start_offset) as its members asked for."""
+        self.attempts_max = 0
+        """What is handled so often in vain is a dead letter."""
+        self.in_hand: dict[str, list[Input]] = {}
+        """Member -> what it handles just now."""
+        self.interrupted: Counter[tuple[bytes, Input]] = Counter()
+        """How often the handling of one message, with no other in the same hands, had no end."""
+        self.is_poison: Callable[[int], bool] = lambda number: False
         self.tokens: dict[bytes, Transaction] = {}
         self.asked_at: dict[str, float] = {}
-        """When an instance first asked for a name or lease, by the name it asks under."""
+        """When an instance first asked for a name, by the name it asks under."""
         self.died_at: dict[str, float] = {}
         """When a session's process died."""
 
@@ -190,11 +242,12 @@ class Oracle:
 
     # ------------------------------------------------------------------------------------------ what is durable
 
-    def durable(self, group: Group) -> None:
-        """A group commit is on the disk."""
+    def durable(self, group: Group, asked: Callable[[Connection, int], Any]) -> None:
+        """A group commit is on the disk. `asked`: the request of this connection and correlation, if it counts."""
         life = self.life
         seqs: dict[int, list[int]] = {}
         touched: dict[Transaction, None] = {}
+        outputs: Counter[Input] = Counter()
         if group.counter is not None:
             if group.counter < life.counter:
                 raise Violation(f"the counter went back from {life.counter} to {group.counter}")
@@ -227,6 +280,10 @@ class Oracle:
                     seqs.setdefault(producer_id, []).append(seq)
                 if ask.tx is not None:
                     touched[ask.tx] = None
+                if ask.input is not None:
+                    outputs[ask.input] += 1
+                    if ask.is_dead_letter:
+                        self._dead(life, ask, ask.input)
         for producer_id, row in group.producers.items():
             if row is not None:
                 self._row(life, row)
@@ -237,11 +294,10 @@ class Oracle:
             for ask in tx.asks:
                 if ask.number not in life.place:
                     raise Violation(f"half a transaction is stored: {ask.number} of {tx.asks[0].number} is missing")
-            if tx.key is not None and tx.key not in group.offsets:
-                raise Violation(f"a transaction is stored and its position {tx.key} did not move")
-        for position, moved in group.offsets.items():
-            if moved is not None:
-                self._moved(life, position, moved, touched)
+            for entry in tx.offsets:
+                if OffsetKey(entry.group, entry.topic_id, entry.partition) not in group.offsets:
+                    raise Violation(f"a transaction is stored and its position {entry} did not move")
+        self._positions(life, group, asked, outputs)
 
     def _append(self, life: Life, key: LogKey, offset: int, ask: Ask, producer_id: int, seq: int) -> None:
         number = ask.number
@@ -286,7 +342,7 @@ class Oracle:
                     raise Violation(f"the token {row.token!r} of a fenced epoch is stored")
 
     def _taken(self, what: str, before: str, after: str) -> None:
-        """A name or lease changed hands: never to somebody who was dead before its holder came."""
+        """A name changed hands: never to somebody who was dead before its holder came."""
         died_at = self.died_at.get(after.split(".")[0])
         if died_at is not None and died_at < self.asked_at[before]:
             raise Violation(f"{what} was taken from {before} by {after}, who was dead before {before} came")
@@ -314,33 +370,162 @@ class Oracle:
                 at += 1
         life.progress[producer_id] = at
 
-    def _moved(self, life: Life, key: OffsetKey, row: OffsetRow, touched: dict[Transaction, None]) -> None:
-        old = life.offsets.get(key)
-        life.offsets[key] = row
-        moves = {tx.start: tx for tx in touched if tx.key == key}
-        if old is not None and (row.next < old.next or row.lease < old.lease):
-            raise Violation(f"{key} went back: {old.next}, {old.lease} to {row.next}, {row.lease}")
-        if old is not None and old.session != row.session:
-            self._taken(str(key), old.session, row.session)
-        if key.group != "worker":
-            return
-        at = old.next if old is not None else min(moves, default=row.next)
-        while at < row.next:
-            tx = moves.pop(at, None)
-            if tx is None:
-                # One that carries no record leaves no other trace, so any that was asked for will do.
-                bare = [one for one in self.moves.get((key, at), ()) if one.end <= row.next and self._leased(one, row)]
-                if not bare:
-                    raise Violation(f"{key} moved over {at} to {row.next}, and nobody may have asked for it")
-                tx = next((one for one in bare if one.end in moves or one.end == row.next), bare[0])
-            elif not self._leased(tx, row):
-                raise Violation(f"{key} was moved to {tx.end} under the old lease {tx.lease}, it is {row.lease}")
-            at = tx.end
-        if moves or at != row.next:
-            raise Violation(f"{key} is at {row.next}, and what is stored moved it to {at} and {list(moves)}")
+    # -------------------------------------------------------------------------------------------------- groups
 
-    def _leased(self, tx: Transaction, row: OffsetRow) -> bool:
-        return tx.lease == row.lease or (tx.lease == row.ended_lease and tx.end <= row.ended_at)
+    def _positions(
+        self, life: Life, group: Group, asked: Callable[[Connection, int], Any], outputs: Counter[Input]
+    ) -> None:
+        """The positions of a group commit: they must come about by its answers, one after the other."""
+        events: list[tuple[int, OffsetKey, Any, Any]] = []
+        for connection, correlation, message, _ in group.replies:
+            kind = type(message)
+            if kind is wire.Assignment:
+                request = asked(connection, correlation)
+                events += [
+                    (lease.lease, OffsetKey(request.group, *lease[:2]), request, lease) for lease in message.leases
+                ]
+            elif kind is wire.Sought:
+                request = asked(connection, correlation)
+                key = OffsetKey(request.group, request.topic_id, request.partition)
+                events.append((message.lease, key, request, message))
+            elif kind is wire.Committed and not message.duplicate:
+                request = asked(connection, correlation)
+                events += [
+                    (entry.lease, OffsetKey(entry.group, *entry[1:3]), request, entry)
+                    for entry in (request.offsets if request is not None else ())
+                ]
+            elif kind is wire.Done and type(request := asked(connection, correlation)) is wire.DeleteOffsets:
+                before = {key: place.lease for key, place in life.places.items()}
+                for order, key, _, _ in events:
+                    before[key] = max(before.get(key, 0), order)
+                for key, order in before.items():
+                    if key.group == request.group and key.topic_id == request.topic_id:
+                        events.append((order, key, request, None))
+        # A lease that a request brought about may be announced to another member before the request is answered.
+        events.sort(key=lambda event: event[0])
+        for _, key, request, what in events:
+            kind = type(what)
+            if kind is wire.Offset:
+                self._entry(life, key, request, what, outputs)
+            elif kind is wire.Lease:
+                self._lease(life, key, request.member, what)
+            elif kind is wire.Sought:
+                self._seek(life, key, request, what)
+            else:
+                life.places.pop(key, None)
+        wrong = +outputs
+        if wrong:
+            raise Violation(f"outputs are stored and the position of their input did not move: {wrong}")
+        for key, row in group.offsets.items():
+            self._row_of_group(life, key, row)
+
+    def _entry(
+        self, life: Life, key: OffsetKey, request: wire.Commit, entry: wire.Offset, outputs: Counter[Input]
+    ) -> None:
+        """A position was moved by a commit."""
+        place = life.places.get(key)
+        if place is None or place.lease != entry.lease:
+            raise Violation(f"{key} was moved under the lease {entry.lease}, it stands at {place}")
+        plain = not request.producer_id and not request.appends
+        if not plain:
+            if entry.start != place.next:
+                raise Violation(f"{key} stands at {place}, and was moved from {entry.start}")
+            if entry in life.applied and entry.end > entry.start:
+                raise Violation(f"{entry} was applied twice")
+            life.applied[entry] = None
+        if entry.end > place.next:
+            if entry.end > len(life.logs.get((key.topic_id, key.partition), ())):
+                raise Violation(f"{key} was moved to {entry.end}, which is not durable")
+            if key.group == "worker":
+                floor = life.floors.get((key.topic_id, key.partition), 0)
+                for offset in range(place.next, entry.end):
+                    message = Input(key, offset)
+                    if outputs[message]:
+                        outputs[message] -= 1
+                    elif offset >= floor:
+                        raise Violation(f"{message} has no output, and the position is {entry.end}")
+            life.places[key] = Place(entry.end, place.lease, entry.attempts or 0)
+        elif entry.end == place.next:
+            life.places[key] = place._replace(attempts=max(place.attempts, entry.attempts or 0))
+
+    def _lease(self, life: Life, key: OffsetKey, member: str, lease: wire.Lease) -> None:
+        """A lease was granted, or told again."""
+        place = life.places.get(key)
+        if place is None:
+            self._begins(life, key, lease.next)
+            place = Place(lease.next, 0)
+        if lease.next != place.next or lease.lease < place.lease:
+            raise Violation(f"{key} stands at {place}, and {member} was given {lease}")
+        if lease.lease > place.lease:
+            life.ends[key, place.lease] = place.next
+        self._held(life, key, lease.lease, member)
+        life.places[key] = place._replace(lease=lease.lease)
+
+    def _seek(self, life: Life, key: OffsetKey, request: wire.Seek, sought: wire.Sought) -> None:
+        """A position was set, or that was told again."""
+        place = life.places.get(key)
+        if request.nonce not in life.sought:
+            if (0 if place is None else place.lease) != request.expected_lease or sought.next != request.to:
+                raise Violation(f"{key} stands at {place}, and {request} was done: {sought}")
+            if place is not None:
+                life.ends[key, place.lease] = place.next
+            life.places[key] = Place(sought.next, sought.lease)
+            life.sought[request.nonce] = None
+        if request.member:
+            self._held(life, key, sought.lease, request.member)
+
+    def _held(self, life: Life, key: OffsetKey, lease: int, member: str) -> None:
+        holder = life.holders.setdefault((key, lease), member)
+        if holder != member:
+            raise Violation(f"{key}: the lease {lease} was given to {holder} and to {member}")
+
+    def _begins(self, life: Life, key: OffsetKey, start: int) -> None:
+        """A group begins in a partition: where its members asked for, or at its earliest."""
+        log = (key.topic_id, key.partition)
+        if start <= life.floors.get(log, 0):
+            return
+        for start_ms, start_offset in self.starts.get(key.group, ()):
+            if start == start_offset or (start_ms and start_offset is None and start <= len(life.logs.get(log, ()))):
+                return
+        raise Violation(f"{key} begins at {start}, nobody asked for that")
+
+    def _row_of_group(self, life: Life, key: OffsetKey, row: OffsetRow | None) -> None:
+        """What is stored is what was answered; a lease that nobody could be told of any more goes without."""
+        if row is None:
+            life.offsets.pop(key, None)
+            if key in life.places:
+                raise Violation(f"{key} was deleted, nobody asked for that")
+            return
+        life.offsets[key] = row
+        place = life.places.get(key)
+        if place is None:
+            self._begins(life, key, row.next)
+            place = Place(row.next, 0)
+        if row.next != place.next or row.lease < place.lease or row.attempts < place.attempts:
+            raise Violation(f"{key} is stored as {row}, by the answers it stands at {place}")
+        if row.lease > place.lease:
+            life.ends[key, place.lease] = place.next
+        life.places[key] = Place(row.next, row.lease, row.attempts)
+
+    def _dead(self, life: Life, ask: Ask, message: Input) -> None:
+        """Only what ended its handling so often, with nothing else in the same hands, is a dead letter."""
+        log = life.logs[message.key.topic_id, message.key.partition]
+        if self.is_poison(log[message.offset]):
+            return
+        others = sum(hand == [message] for member, hand in self.in_hand.items() if member != ask.app.member)
+        seen = self.interrupted[life.incarnation, message] + others
+        if seen < self.attempts_max:
+            raise Violation(f"{message} is a dead letter, and only {seen} of {self.attempts_max} times alone in hands")
+
+    def handles(self, member: str, messages: list[Input]) -> None:
+        """A member has these in its hands from now on."""
+        self.in_hand[member] = messages
+
+    def handled(self, member: str, incarnation: bytes, whole: bool) -> None:
+        """A member has nothing in its hands any more. `whole`: the handling came to its end."""
+        hand = self.in_hand.pop(member, [])
+        if len(hand) == 1 and not whole:
+            self.interrupted[incarnation, hand[0]] += 1
 
     # ---------------------------------------------------------------------------------------- what is answered
 
@@ -374,8 +559,9 @@ class Oracle:
             row = life.rows.get(tx.producer.id)
             if not tx.asks and row is not None and row.last_seq < tx.producer.last_seq:
                 raise Violation("a transaction was answered before it was durable")
-            if tx.key is not None and life.offsets[tx.key].next < tx.end:
-                raise Violation(f"a transaction was answered, {tx.key} is not moved to {tx.end}")
+            for entry in tx.offsets:
+                if entry not in life.applied:
+                    raise Violation(f"a transaction was answered, and did not move its position: {entry}")
             if tx.token is not None and row is not None:
                 stored = None if row.token is None else self.tokens[row.token]
                 if stored is None or (stored.producer is tx.producer and stored.number < tx.number):
@@ -383,23 +569,33 @@ class Oracle:
             return
         if value.code not in SURFACING:
             raise Violation(f"a transaction failed by {value!r}, which is no business of its sender")
+        if life is not None:
+            self.lease_lost(life, tx.offsets, value)
         for ask in tx.asks:
             ask.answer = value
             if not isinstance(value, OutcomeUnknown) and life is not None:
                 self._not_stored(life, ask, value)
 
-    def moved_plainly(self, session: Session, offset: wire.Offset, value: Any) -> None:
-        """A commit of nothing but a position was answered."""
+    def moved_plainly(self, session: Session, offsets: list[wire.Offset], value: Any) -> None:
+        """A commit of nothing but positions was answered."""
         life = self.lives.get(session.incarnation)
         if life is None:
             return
-        row = life.offsets.get(OffsetKey(offset.group, offset.topic_id, offset.partition))
-        if type(value) is wire.Committed and (row is None or row.next < offset.end):
-            raise Violation(f"a position was acknowledged at {offset.end} and is {row}")
+        for entry in offsets:
+            row = life.offsets.get(OffsetKey(entry.group, entry.topic_id, entry.partition))
+            if type(value) is wire.Committed and row is not None and row.lease == entry.lease and row.next < entry.end:
+                raise Violation(f"a position was acknowledged at {entry.end} and is {row}")
+        self.lease_lost(life, offsets, value)
+
+    def lease_lost(self, life: Life, offsets: list[wire.Offset], value: Any) -> None:
+        """Whoever is told where its lease ended is told right."""
         if isinstance(value, LeaseLost) and isinstance(value.details.get("next"), int):
-            ended_at = value.details["next"]
-            if row is None or row.next < ended_at:  # type: ignore[operator]
-                raise Violation(f"the lease ended at {ended_at}, and the position is {row}")
+            for entry in offsets:
+                key = OffsetKey(entry.group, entry.topic_id, entry.partition)
+                if [key.topic_id, key.partition] == [value.details["topic_id"], value.details["partition"]]:
+                    ended_at = life.ends.get((key, entry.lease))
+                    if ended_at != value.details["next"]:
+                        raise Violation(f"{entry} was told that its lease ended at {value.details}, not {ended_at}")
 
     def _receipt(self, life: Life, ask: Ask, receipt: Receipt) -> None:
         place = life.place.get(ask.number)
@@ -426,8 +622,17 @@ class Oracle:
         if ask.number in life.place:
             raise Violation(f"record {ask.number} is stored, and its sender was told {error!r}")
 
+    def announced(self, request: wire.Heartbeat, assignment: wire.Assignment) -> None:
+        """A member is told: what it holds is durable."""
+        life = self.life
+        for lease in assignment.leases:
+            key = OffsetKey(request.group, lease.topic_id, lease.partition)
+            row = life.offsets.get(key)
+            if lease.lease > life.counter or (row is not None and row.lease < lease.lease):
+                raise Violation(f"{key}: {lease} was announced, {row} is durable")
+
     def given_out(self, life: Life, what: Any, number: int, session: str) -> None:
-        """An epoch or a lease was given to a session: to no other one, ever; and it is durable."""
+        """An epoch was given to a session: to no other one, ever; and it is durable."""
         holder = life.holders.setdefault((what, number), session)
         if holder != session:
             raise Violation(f"{what}: {number} was given to {holder} and to {session}")

@@ -19,14 +19,14 @@ from idemq.broker.store import MemoryStore, StoreBroken
 from idemq.client import wire
 from idemq.client.session import Session, SessionConfig
 
-from .apps import App, Loader, Sending, admin, apps_of, probe
+from .apps import TOPICS, App, Loader, Sending, admin, probe
+from .members import Member, apps_of
 from .oracle import Life, Oracle, Source, Violation
 
 OPERATIONS = 300
 FAULTS = 10
 HEALED_S_MAX = 120.0
 """Once healed, everything must have ended after so long."""
-TOPICS = ("t0", "t1", "t2")
 
 
 class Link:
@@ -65,7 +65,7 @@ class Link:
 class Process:
     """A client process: one session and the applications on it."""
 
-    __slots__ = ("apps", "life", "link", "number", "session", "timer_at", "world")
+    __slots__ = ("apps", "asleep_until", "cut_off_until", "link", "number", "session", "timer_at", "world")
 
     def __init__(self, world: World, number: int, session: Session) -> None:
         self.world = world
@@ -73,6 +73,8 @@ class Process:
         self.session = session
         self.link: Link | None = None
         self.timer_at = inf
+        self.asleep_until = self.cut_off_until = 0.0
+        """Until then it does nothing; no dial of its own succeeds."""
         self.apps: list[App] = []
 
 
@@ -110,11 +112,17 @@ class World:
         self.in_flight = rng.choice((1, 3, 8, 16))
         self.linger_s = rng.choice((0.0, 0.0, 0.02))
         self.timeout_s = rng.choice((1.0, 5.0, 30.0))
+        self.member_timeout_ms = rng.choice((500, 1_000, 4_000))
+        self.release_ms_max = rng.choice((100, 500, 4_000))
+        self.in_hand_max = rng.choice((1, 2, 4))
+        self.poison_every = rng.choice((0, 30, 60))
 
         self.incarnations = 1
         self.store = MemoryStore(b"store-%d" % self.incarnations)
         self.remember = rng.choice((2, 8, wire.REMEMBERED))
         self.oracle = Oracle(self.store.incarnation(), self.remember)
+        self.oracle.attempts_max = rng.choice((1, 2, 3))
+        self.oracle.is_poison = self.is_poison
         self.copy: tuple[MemoryStore, Life] | None = None
         self.full = False
         self.core = self._new_core()
@@ -123,6 +131,8 @@ class World:
         self.group_fails = False
         self.beginning = False
         self.links: dict[Connection, Link] = {}
+        self.asked: dict[Connection, dict[int, Any]] = {}
+        """Of every connection to this core the requests whose answers are judged, also of those closed since."""
         self.ambush = ""
         """What a fault waits for."""
         self.sources: dict[str, Source] = {}
@@ -208,6 +218,36 @@ class World:
             process.apps.append(app)
             self.after(self.random() * 0.1, self.act, process, app)
 
+    def is_poison(self, number: int) -> bool:
+        """Does this record kill the process that handles it as the input of a worker?"""
+        return self.poison_every > 0 and number % self.poison_every == 3
+
+    def restart(self, process: Process) -> None:
+        """A process is gone, and another started in its place."""
+        for app in process.apps:
+            if isinstance(app, Member):
+                self.oracle.handled(app.member, process.session.incarnation, whole=False)
+        self._start(process.number)
+
+    def die(self, process: Process) -> None:
+        """A process ends without a word."""
+        if self.alive(process):
+            link, process.link = process.link, None
+            if link is not None:
+                self._abandon(link)
+            self.oracle.died_at[process.session.config.session] = self.now
+            self.restart(process)
+
+    def turn(self, process: Process, what: Callable[[], None]) -> None:
+        """Something that a process does, unless it died or sleeps."""
+        if not self.alive(process):
+            return
+        if process.asleep_until > self.now:
+            self.at(process.asleep_until, self.turn, process, what)
+            return
+        what()
+        self.pump(process)
+
     def alive(self, process: Process) -> bool:
         """Is it the one that runs under its number?"""
         return self.processes[process.number] is process
@@ -215,6 +255,9 @@ class World:
     def act(self, process: Process, app: App) -> None:
         """An application's turn."""
         if not self.alive(process) or app.over:
+            return
+        if process.asleep_until > self.now:
+            self.at(process.asleep_until, self.act, process, app)
             return
         app.act(self.healed)
         self.pump(process)
@@ -246,6 +289,9 @@ class World:
 
     def _timer(self, process: Process, at: float) -> None:
         if process.timer_at == at and self.alive(process):
+            if process.asleep_until > self.now:
+                self.at(process.asleep_until, self._timer, process, at)
+                return
             process.timer_at = inf
             process.session.tick(self.now)
             self.pump(process)
@@ -254,12 +300,17 @@ class World:
         session = process.session
         if not self.alive(process) or session.state != "dialling":
             return
-        peer = self.core.connect(f"address {process.number}") if self.up else None
+        if process.asleep_until > self.now:
+            self.at(process.asleep_until, self._dialled, process, None)
+            return
+        reached = self.up and process.cut_off_until <= self.now
+        peer = self.core.connect(f"address {process.number}") if reached else None
         if not isinstance(peer, Connection):
             session.disconnected(self.now, "nobody answers")
         else:
             process.link = Link(process, self.core, peer)
             self.links[peer] = process.link
+            self.asked[peer] = process.link.asked
             session.connected(self.now)
         self.pump(process)
 
@@ -298,7 +349,7 @@ class World:
         waits = False
         for correlation, request, payload in frames[: link.up_kept - number]:
             kind = type(request)
-            if kind is wire.Commit or kind is wire.Open or kind is wire.Grant:
+            if kind in JUDGED:
                 link.asked[correlation] = request
             if self.trace is not None:
                 self.note(f"{peer.client or peer.address} -> {correlation} {request}")
@@ -354,9 +405,8 @@ class World:
         kind = type(message)
         if kind is wire.Opened:
             self.oracle.given_out(self.oracle.life, message.producer_id, message.epoch, request.session)
-        elif kind is wire.Granted:
-            key = (request.group, request.topic_id, request.partition)
-            self.oracle.given_out(self.oracle.life, key, message.lease, request.session)
+        elif kind is wire.Assignment:
+            self.oracle.announced(request, message)
         elif kind is wire.Committed and message.positions is None:
             self.oracle.remembered(self.oracle.life, request)
 
@@ -375,8 +425,8 @@ class World:
         process = link.process
         if number >= link.down_kept or process.link is not link or not self.alive(process):
             return
-        if link.down_from > self.now:
-            self.at(link.down_from, self._arrived_down, link, item)
+        if link.down_from > self.now or process.asleep_until > self.now:
+            self.at(max(link.down_from, process.asleep_until), self._arrived_down, link, item)
             return
         session = process.session
         for correlation, message, payload in messages[: link.down_kept - number]:
@@ -389,6 +439,9 @@ class World:
         """A client learns that its connection is gone."""
         process = link.process
         if process is not None and process.link is link and self.alive(process):
+            if process.asleep_until > self.now:
+                self.at(process.asleep_until, self._lost, link, None)
+                return
             process.link = None
             self.note(f"client {process.number} lost its connection")
             process.session.disconnected(self.now, "connection lost")
@@ -434,10 +487,13 @@ class World:
             rows_cached_max=3,
             clock_pause_ms=2_000,
             remembered=self.remember,
+            member_timeout_ms=2_000 if healed else self.member_timeout_ms,
+            release_ms_max=3_000 if healed else self.release_ms_max,
         )
 
     def _new_core(self) -> Core:
         self.store.disk_bytes = 0 if self.full else 1 << 40
+        self.asked = {}
         return self.core_class(self.store, self._limits())
 
     def _tick_soon(self, _one: None, _two: None) -> None:
@@ -447,11 +503,20 @@ class World:
                 self._output(outputs)
 
     def _ticks(self, _one: None, _two: None) -> None:
-        self._tick_soon(None, None)
-        if not self.beginning:
-            self.beginning = True
-            self.after(0.0, self._begin, None, None)
-        self.after(0.5, self._ticks, None, None)
+        due = self.now + 0.5
+        if self.up:
+            due_ms, outputs = self.core.tick(self.clock())
+            due = min(due, due_ms / 1000)
+            if outputs:
+                self._output(outputs)
+            if (
+                not self.beginning
+                and self.group is None
+                and (self.core._building.writes or self.core._building.replies)
+            ):
+                self.beginning = True
+                self.after(0.0, self._begin, None, None)
+        self.at(max(due, self.now + 0.001), self._ticks, None, None)
 
     def _begin(self, _one: None, _two: None) -> None:
         self.beginning = False
@@ -502,8 +567,12 @@ class World:
                 f"durable: {[(s.topic_id, s.partition, s.offset) for s in group.appends]} {list(group.producers)}"
             )
         self.commits += 1
-        self.oracle.durable(group)
+        self.oracle.durable(group, self._asked)
         return space
+
+    def _asked(self, connection: Connection, correlation: int) -> Any:
+        """What was asked on this connection under this number."""
+        return self.asked.get(connection, NOTHING).get(correlation)
 
     def _look_at_core(self) -> None:
         core = self.core
@@ -609,16 +678,40 @@ class World:
 
     def _fault_kill(self) -> bool:
         """A client dies and is started again."""
+        self.die(self.rng.choice(self.processes))
+        return True
+
+    def _fault_hang(self) -> bool:
+        """A process does nothing for longer than a member may be silent; its connection stays."""
         process = self.rng.choice(self.processes)
+        process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.5 + self.random())
+        return True
+
+    def _fault_cutoff(self) -> bool:
+        """A process reaches nobody for a while, and goes on as if nothing were."""
+        process = self.rng.choice(self.processes)
+        process.cut_off_until = self.now + self.member_timeout_ms / 1000 * (0.5 + self.random())
         link = process.link
         if link is not None:
-            self._abandon(link)
-        self._kill(process, None)
+            link.down_kept = min(link.down_kept, link.down_count)
+            link.up_kept = min(link.up_kept, self.rng.randint(link.up_done, link.up_count))
+            self.after(self.random() * 0.5, self._lost, link, None)
+            self.at(max(link.up_at, link.up_from, self.now) + self.random(), self._peer_lost, link, None)
+        return True
+
+    def _fault_leave(self) -> bool:
+        """A member stops in good order, and another is started."""
+        members = [
+            app for process in self.processes for app in process.apps if isinstance(app, Member) and not app.over
+        ]
+        if not members:
+            return False
+        self.rng.choice(members).stopping = True
         return True
 
     def _fault_ambush(self) -> bool:
         """Wait for a certain request, then have it arrive late, when its sender is gone or went on elsewhere."""
-        self.ambush = self.rng.choice(("Open", "Grant", "Commit", "Commit"))
+        self.ambush = self.rng.choice(("Open", "Heartbeat", "Seek", "Commit", "Commit"))
         return True
 
     def _spring(self, link: Link, frames: list[Any]) -> None:
@@ -648,7 +741,7 @@ class World:
         if self.alive(process):
             process.link = None
             self.oracle.died_at[process.session.config.session] = self.now
-            self._start(process.number)
+            self.restart(process)
 
     def _fault_pause(self) -> bool:
         """Somebody else starts under a name while its holder only looks dead: two instances."""
@@ -744,6 +837,7 @@ class World:
                 return None
             self.prober = Link(None, self.core, peer)
             self.links[peer] = self.prober
+            self.asked[peer] = self.prober.asked
             self.core.step(self.clock(), peer, 1, wire.Hello(wire.VERSION, "prober"), b"")
         return self.prober
 
@@ -766,10 +860,11 @@ class World:
         if self.up:
             self._down()
         self._restart(None, None)
-        for number, process in enumerate(self.processes):
+        for process in list(self.processes):
             if process.session.error is not None:
-                self._start(number)
+                self.restart(process)
         for process in self.processes:
+            process.asleep_until = process.cut_off_until = 0.0
             process.apps = [app for app in process.apps if not app.over]
         admin(self, self.processes[0])
         self.pump(self.processes[0])
@@ -804,7 +899,7 @@ class World:
         self.pump(self.processes[0])
         for process in list(self.processes):
             if process.session.error is not None:
-                self._start(process.number)
+                self.restart(process)
         self.finished = not self._unfinished()
         self.after(0.3, self._look_whether_done, None, None)
 
@@ -823,4 +918,10 @@ FAULT_KINDS = (
     "sleep",
     "clock",
     *("restore",) * 2,
+    *("hang",) * 3,
+    *("cutoff",) * 2,
+    "leave",
 )
+JUDGED = frozenset({wire.Commit, wire.Open, wire.Heartbeat, wire.Seek, wire.DeleteOffsets})
+"""Requests whose answers the oracle sees."""
+NOTHING: dict[int, Any] = {}
