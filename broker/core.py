@@ -44,8 +44,8 @@ SWEEP_ROWS = 500
 """Producer rows looked at for expiry in one sweep."""
 MEMBERS_MS = 100
 """How often members of groups are looked at, and so how late their deadlines may strike."""
-SCAN_ROWS = 10_000
-"""Positions looked at for one page of a listing."""
+SCAN_ROWS = 2_500
+"""Positions looked at for one page of a listing: a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +293,7 @@ class Core:
         self._waiter_number = 0
         self._groups: dict[str, ConsumerGroup] = {}
         self._members_at_ms = 0
-        self._holders_known_ms: int | None = None
-        """Until then a holder that is not heard of yet may still come back: this broker has only just started."""
+        """When members are to be looked at next; 0: they never were."""
         self._clock_offset_ms: int | None = None
         self._paused_until_ms = 0
         self._swept_to = 0
@@ -427,7 +426,7 @@ class Core:
             more = self._trim(now)
             self._sweep(now)
             self._trim_at_ms = now.mono_ms + (1 if more else TRIM_MS)
-        if self._groups and self._members_at_ms <= now.mono_ms:
+        if self._members_at_ms <= now.mono_ms:
             self._watch_members(now)
             self._members_at_ms = now.mono_ms + MEMBERS_MS
         deadline = self._deadlines[0][0] if self._deadlines else self._trim_at_ms
@@ -698,146 +697,166 @@ class Core:
     def _heartbeat(
         self, now: Now, connection: Connection, correlation: int, request: wire.Heartbeat, payload: bytes
     ) -> wire.Assignment | Failed | None:
-        for topic_id in request.topics:
-            if self._topic(topic_id) is None:
-                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} (any more)")
-        known = self._groups.get(request.group)
-        group = known or ConsumerGroup()
+        refusal = self._subscription_refused(request.topics)
+        if refusal is not None:
+            return refusal
+        group = self._groups.get(request.group) or ConsumerGroup()
         member = group.members.get(request.member)
         if member is None and len(group.members) >= self._limits.group_members_max:
             limit = self._limits.group_members_max
             return Failed(Code.QUOTA_EXCEEDED, f"group {request.group!r} has {limit} members (group_members_max)")
-        begun = self._beginning(request)
+        reported = {TopicPartition(held.topic_id, held.partition): held for held in request.held}
+        rows = self._group_rows(request.group, group, request.topics)
+        begun = self._beginning(request, rows)
         if type(begun) is Failed:
             return begun
         assert isinstance(begun, dict)
+        returning = self._returning(request, group, reported) if member is None else {}
+        self._groups[request.group] = group
         for position, row in begun.items():
             self._put_offset(position, row)
-        self._groups[request.group] = group
-        if self._holders_known_ms is None:
-            self._holders_known_ms = now.mono_ms + self._limits.member_timeout_ms
-        wanted = frozenset(request.topics)
-        changed = member is None or member.topics != wanted
-        if member is None:
-            member = group.members[request.member] = Member(request.member)
-        elif member.waiting is not None:
+        joins = member is None
+        changed = member is None or member.topics != frozenset(request.topics)
+        self._take_holders(now, group, request.topics, rows)
+        member = group.members.setdefault(request.member, Member(request.member, now.mono_ms))
+        if member.waiting is not None:
             self._answer_heartbeat(member, self._nothing_changed())
         member.client, member.address = connection.client, connection.address
-        member.topics, member.in_hand_max, member.seen_ms = wanted, request.in_hand_max, now.mono_ms
-        reported = {TopicPartition(held.topic_id, held.partition): held for held in request.held}
-        changed |= self._take_report(request.group, group, member, reported)
-        if not wanted:
-            for key in list(member.held):
+        member.topics, member.in_hand_max = frozenset(request.topics), request.in_hand_max
+        member.seen_ms = now.mono_ms
+        for key, row in returning.items():
+            group.hold(member, key, row.lease)
+            self._put_offset(OffsetKey(request.group, *key), row)
+        for key in list(member.held):
+            # What it does not report it has given back; but what it is to hold it has only not heard of yet. Of one
+            # that joins it is not known yet what it is to hold.
+            if not request.topics or not (joins or key in reported or key in member.targets):
                 self._give_back(request.group, group, key)
+                changed = True
+        if not request.topics:
             del group.members[member.name]
         if changed:
             self._rebalance(now, request.group, group)
-        if not wanted:
+        if not request.topics:
             return self._nothing_changed()
-        answer = self._assignment(now, request.group, group, member, reported)
-        if not request.wait_ms or not _is_nothing(answer):
+        answer = self._assignment(request.group, group, member, reported)
+        # One that waited for longer than its member may be silent would be the end of it.
+        wait_ms = min(request.wait_ms, self._limits.member_timeout_ms // 3)
+        if not wait_ms or not _is_nothing(answer):
             return answer
-        member.waiting = _Waiting(connection, correlation, reported, now.mono_ms + request.wait_ms)
+        member.waiting = _Waiting(connection, correlation, reported, now.mono_ms + wait_ms)
         return None
 
-    def _beginning(self, request: wire.Heartbeat) -> dict[OffsetKey, OffsetRow] | Failed:
+    def _subscription_refused(self, topic_ids: Iterable[int]) -> Failed | None:
+        partitions = 0
+        for topic_id in topic_ids:
+            topic = self._topic(topic_id)
+            if topic is None:
+                return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} (any more)")
+            partitions += len(topic.floors)
+        if partitions > wire.LEASES_MAX:  # the last member of a group holds all of it
+            return Failed(
+                Code.TOO_LARGE, f"a subscription has at most {wire.LEASES_MAX} partitions, and not {partitions}"
+            )
+        return None
+
+    def _group_rows(
+        self, name: str, group: ConsumerGroup, topic_ids: Iterable[int]
+    ) -> dict[TopicPartition, OffsetRow | None]:
+        """The rows of the topics that nobody in the group wanted before."""
+        return {
+            TopicPartition(topic_id, index): self._offset(OffsetKey(name, topic_id, index))
+            for topic_id in topic_ids
+            if topic_id not in group.topics
+            for index in range(len(self._topics[topic_id].floors))
+        }
+
+    def _beginning(
+        self, request: wire.Heartbeat, rows: dict[TopicPartition, OffsetRow | None]
+    ) -> dict[OffsetKey, OffsetRow] | Failed:
         """The rows with which a group begins in topics that are new to it."""
-        rows: dict[OffsetKey, OffsetRow] = {}
-        for topic_id in request.topics:
-            if self._offset(OffsetKey(request.group, topic_id, 0)) is not None:
+        begun: dict[OffsetKey, OffsetRow] = {}
+        for (topic_id, index), row in rows.items():
+            if row is not None or rows[TopicPartition(topic_id, 0)] is not None:
                 continue  # partitions that were added later begin when they are granted, at their earliest
-            for index in range(len(self._topics[topic_id].floors)):
-                partition = self._partition(topic_id, index)
-                start = request.start_offset
-                if start is None:
-                    found = self._rows.offset_at(topic_id, index, request.start_ms) if request.start_ms else 0
-                    start = max(partition.durable_next if found is None else found, partition.earliest)
-                elif start > partition.durable_next:
-                    name, end = self._topics[topic_id].name, partition.durable_next
-                    return Failed(
-                        Code.BAD_REQUEST, f"partition {index} of topic {name!r} ends at {end}, before {start}"
-                    )
-                rows[OffsetKey(request.group, topic_id, index)] = OffsetRow(start, 0, "", None, 0, 0)
-        return self._offsets_full(len(rows)) or rows
+            partition = self._partition(topic_id, index)
+            start = request.start_offset
+            if start is None:
+                found = self._rows.offset_at(topic_id, index, request.start_ms) if request.start_ms else 0
+                start = max(partition.durable_next if found is None else found, partition.earliest)
+            elif start > partition.durable_next:
+                name, end = self._topics[topic_id].name, partition.durable_next
+                return Failed(Code.BAD_REQUEST, f"partition {index} of topic {name!r} ends at {end}, before {start}")
+            begun[OffsetKey(request.group, topic_id, index)] = OffsetRow(start, 0, "", None, 0, 0)
+        return self._offsets_full(len(begun)) or begun
 
     def _offsets_full(self, wanted: int) -> Failed | None:
         if not wanted:
             return None
-        undurable = len(self._building.offsets) + (len(self._in_flight.offsets) if self._in_flight is not None else 0)
-        limit = self._limits.offsets_max
-        if self._rows.offset_count() + undurable + wanted > limit:
-            return Failed(Code.QUOTA_EXCEEDED, f"this broker keeps {limit} positions of groups (offsets_max)")
+        undurable = {**self._building.offsets, **(self._in_flight.offsets if self._in_flight is not None else {})}
+        count, limit = self._rows.offset_count() + wanted, self._limits.offsets_max
+        if count + len(undurable) > limit:  # only then it matters which of them are stored already
+            count += sum([1 for key in undurable if self._rows.offset(key) is None])
+            if count > limit:
+                return Failed(Code.QUOTA_EXCEEDED, f"this broker keeps {limit} positions of groups (offsets_max)")
         return None
 
-    def _take_report(
-        self, name: str, group: ConsumerGroup, member: Member, reported: dict[TopicPartition, wire.Held]
-    ) -> bool:
-        """What a member says it holds, against what is known. Returns whether that changes who should hold what.
-
-        What it does not report it has given back; but if it is still to hold it, it has only not heard of it yet.
-        """
-        changed = False
-        for key in list(member.held):
-            if key not in reported and group.targets.get(key) != member.name:
-                self._give_back(name, group, key)
-                changed = True
+    def _returning(
+        self, request: wire.Heartbeat, group: ConsumerGroup, reported: dict[TopicPartition, wire.Held]
+    ) -> dict[TopicPartition, OffsetRow]:
+        """What a member that was thought to be gone still holds: what nobody else was granted since."""
+        rows: dict[TopicPartition, OffsetRow] = {}
         for key, held in reported.items():
-            if key in group.holders:
-                continue
-            # After a start of this broker, or of a member that was thought to be gone and that nobody has replaced.
-            position = OffsetKey(name, *key)
-            row = self._offset(position)
-            if row is not None and row.lease == held.lease and row.session in ("", member.name):
-                group.hold(member, key, held.lease)
-                changed = True
-                if not row.session:
-                    self._put_offset(position, row._replace(session=member.name))
-        return changed
+            if key.topic_id in request.topics and key not in group.holders:
+                row = self._offset(OffsetKey(request.group, *key))
+                if row is not None and row.lease == held.lease and not row.session:
+                    rows[key] = row._replace(session=request.member)
+        return rows
+
+    def _take_holders(
+        self, now: Now, group: ConsumerGroup, topic_ids: Iterable[int], rows: dict[TopicPartition, OffsetRow | None]
+    ) -> None:
+        """Stored holders are members, too: they may not have come back to this broker yet."""
+        group.topics.update(topic_ids)
+        for key, row in rows.items():
+            if row is not None and row.session:
+                holder = group.members.setdefault(row.session, Member(row.session, now.mono_ms))
+                holder.topics |= {key.topic_id}
+                group.hold(holder, key, row.lease)
 
     def _give_back(self, name: str, group: ConsumerGroup, key: TopicPartition) -> None:
-        group.drop(key)
         position = OffsetKey(name, *key)
         row = self._offset(position)
-        if row is not None:
-            self._put_offset(position, groups.released(row))
+        assert row is not None, "what is held has a row"
+        group.drop(key)
+        self._put_offset(position, groups.released(row))
 
     def _assignment(
-        self,
-        now: Now,
-        name: str,
-        group: ConsumerGroup,
-        member: Member,
-        reported: dict[TopicPartition, wire.Held],
+        self, name: str, group: ConsumerGroup, member: Member, reported: dict[TopicPartition, wire.Held]
     ) -> wire.Assignment:
         """What is to be changed for a member; what is free and should be its own is granted (rule 14)."""
         lost = [key for key, held in reported.items() if member.held.get(key) != held.lease]
         revoked = [key for key in member.releasing if key in reported and not reported[key].releasing]
         leases: list[wire.Lease] = []
         bytes_left = PAGE_BYTES_MAX
-        for key, target in group.targets.items():
-            if target != member.name or (key in reported and member.held.get(key) == reported[key].lease):
+        for key in member.targets:
+            holder = group.holders.get(key)
+            if holder is not None and (
+                holder is not member or (key in reported and reported[key].lease == member.held[key])
+            ):
                 continue
+            if bytes_left < 0:
+                break  # the rest with the next heartbeat
             position = OffsetKey(name, *key)
             row = self._offset(position)
-            if key not in member.held:
-                if key in group.holders or len(member.held) >= wire.LEASES_MAX:
-                    continue
-                if row is None:
-                    if self._offsets_full(1):
-                        continue
+            if holder is None:
+                if row is None:  # whatever offsets_max says: a group that reads a topic reads all of it
                     row = OffsetRow(self._partition(*key).earliest, 0, "", None, 0, 0)
-                assert self._holders_known_ms is not None
-                if row.session not in ("", member.name) and now.mono_ms < self._holders_known_ms:
-                    continue
-                row = groups.granted(row, member.name, self._counter + 1)
-                if row.lease > self._counter:
-                    self._number()
+                row = groups.granted(row, member.name, self._number())
                 self._put_offset(position, row)
                 group.hold(member, key, row.lease)
-            assert row is not None
+            assert row is not None, "what is held has a row"
             bytes_left -= 64 + len(row.metadata or b"")
-            if bytes_left < 0 and leases:
-                break
             leases.append(wire.Lease(*key, row.lease, row.next, row.attempts, row.suspects_end, row.metadata))
         return wire.Assignment(leases, revoked, lost, self._limits.member_timeout_ms)
 
@@ -854,34 +873,42 @@ class Core:
         subscribed = {topic_id for member in group.members.values() for topic_id in member.topics}
         partitions = {row.topic_id: len(row.floors) for row in map(self._topic, subscribed) if row is not None}
         group.rebalance(partitions, now.mono_ms + self._limits.release_ms_max)
-        self._settle(now, name, group)
+        self._settle(name, group)
         if not group.members:
             del self._groups[name]
 
-    def _settle(self, now: Now, name: str, group: ConsumerGroup) -> None:
-        """Whoever waits and has something to be changed is told."""
+    def _settle(self, name: str, group: ConsumerGroup) -> None:
+        """Whoever waits and has something to be changed is told. Who is not there to hear it is granted nothing."""
         for member in group.members.values():
-            if member.waiting is None:
+            if member.waiting is None or member.waiting.connection.closed:
                 continue
-            gone = next((topic_id for topic_id in member.topics if self._topic(topic_id) is None), None)
-            if gone is not None:
-                self._answer_heartbeat(member, Failed(Code.UNKNOWN_TOPIC, f"topic {gone} was deleted"))
+            refusal = self._subscription_refused(member.topics)
+            if refusal is not None:
+                self._answer_heartbeat(member, refusal)
                 continue
-            answer = self._assignment(now, name, group, member, member.waiting.reported)
+            answer = self._assignment(name, group, member, member.waiting.reported)
             if not _is_nothing(answer):
                 self._answer_heartbeat(member, answer)
 
     def _topic_changed(self, now: Now, topic_id: int) -> None:
         for name, group in list(self._groups.items()):
-            if any(topic_id in member.topics for member in group.members.values()):
-                for key in [key for key in group.holders if key.topic_id == topic_id and self._topic(topic_id) is None]:
-                    group.drop(key)
+            if topic_id in group.topics:
+                if self._topic(topic_id) is None:
+                    group.topics.discard(topic_id)
+                    for key in [key for key in group.holders if key.topic_id == topic_id]:
+                        group.drop(key)  # its rows go with it
                 self._rebalance(now, name, group)
 
     def _watch_members(self, now: Now) -> None:
         """Members that are not heard of, partitions that are not given back, heartbeats that waited long enough."""
-        known = self._holders_known_ms is not None and self._members_at_ms <= self._holders_known_ms <= now.mono_ms
+        late_ms = now.mono_ms - self._members_at_ms if self._members_at_ms else 0
+        held_up = late_ms > self._limits.member_timeout_ms // 2
         for name, group in list(self._groups.items()):
+            if held_up:
+                # It was this broker that stood still, and what members said meanwhile is not read yet.
+                for member in group.members.values():
+                    member.seen_ms = min(member.seen_ms + late_ms, now.mono_ms)
+                    member.releasing = {key: until_ms + late_ms for key, until_ms in member.releasing.items()}
             gone = [
                 member
                 for member in group.members.values()
@@ -900,22 +927,26 @@ class Core:
                 self._give_back(name, group, key)
             if gone:
                 self._rebalance(now, name, group)
-            elif late or known:
-                self._settle(now, name, group)
+            elif late:
+                self._settle(name, group)
             for member in group.members.values():
                 if member.waiting is not None and member.waiting.deadline_ms <= now.mono_ms:
                     self._answer_heartbeat(member, self._nothing_changed())
 
     def _end_uncleanly(self, name: str, group: ConsumerGroup, member: Member) -> None:
         """Whatever a member that vanished held is free, and what it may have had in hand is remembered."""
-        rows = {key: self._offset(OffsetKey(name, *key)) for key in member.held}
-        ends = {key: self._partition(*key).next for key in member.held}
-        in_hand = sum(max(ends[key] - row.next, 0) for key, row in rows.items() if row is not None)
+        in_hand_max, rows = member.in_hand_max, {}
+        for key in member.held:
+            row = self._offset(OffsetKey(name, *key))
+            assert row is not None, "what is held has a row"
+            rows[key] = row
         for key, row in rows.items():
             group.drop(key)
-            if row is not None and row.session == member.name:
-                ended = groups.ended_uncleanly(row, ends[key], member.in_hand_max, in_hand == 1)
-                self._put_offset(OffsetKey(name, *key), ended)
+            if in_hand_max is None:  # it may be that it ended well, while no broker was there to be told
+                ended = groups.released(row)
+            else:
+                ended = groups.ended_uncleanly(row, self._partition(*key).next, in_hand_max)
+            self._put_offset(OffsetKey(name, *key), ended)
 
     def _seek(
         self, now: Now, connection: Connection, correlation: int, request: wire.Seek, payload: bytes
@@ -944,14 +975,19 @@ class Core:
             if group is not None and holder is not None:
                 if holder.name == request.member:
                     holder.held[key] = sought.lease
+                    if holder.waiting is not None and key in holder.waiting.reported:
+                        # What waits was said before: else it would be told that it lost what it has just set.
+                        reported = holder.waiting.reported
+                        reported[key] = reported[key]._replace(lease=sought.lease)
                 else:
                     group.drop(key)
-                    self._settle(now, request.group, group)
+                    self._settle(request.group, group)
         return wire.Sought(sought.lease, sought.next)
 
     def _list_offsets(
         self, now: Now, connection: Connection, correlation: int, request: wire.Offsets, payload: bytes
     ) -> wire.OffsetsAre:
+        """The committed rows, each as it is decided: one that is created right now may be missing."""
         after = None if request.after is None else OffsetKey(request.after.group, *request.after[:2])
         entries: list[wire.OffsetEntry] = []
         bytes_left = PAGE_BYTES_MAX
@@ -979,11 +1015,14 @@ class Core:
                 (name, member.name, member)
                 for name, group in self._groups.items()
                 for member in group.members.values()
-                if request.group in (None, name) and (name, member.name) > behind
+                if request.group in (None, name) and (name, member.name) > behind and member.in_hand_max is not None
             ],
             key=lambda one: one[:2],
         )
-        page, more = _page(members, lambda one: 128 + 8 * len(one[0]) + 16 * len(one[2].held))
+        page, more = _page(
+            members,
+            lambda one: 128 + 4 * len(one[0] + one[1] + one[2].client + one[2].address) + 16 * len(one[2].held),
+        )
         entries = [
             wire.MemberEntry(name, member.name, member.client, member.address, sorted(member.held))
             for name, _, member in page

@@ -7,7 +7,8 @@ it is the lease, compared and swapped with the position, that keeps a zombie out
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
 from idemq.client.wire import Code, Failed, Offset, Seek, TopicPartition
@@ -45,9 +46,7 @@ class OffsetRow(NamedTuple):
 
 
 def granted(row: OffsetRow, member: str, number: int) -> OffsetRow:
-    """Rule 14: the row once `member` holds it. `number` is the next of the counter; a holder keeps the lease it has."""
-    if row.session == member and row.lease:
-        return row
+    """Rule 14: the row once `member` holds it. `number` is the next of the counter."""
     return row._replace(lease=number, session=member, ended_lease=row.lease, ended_at=row.next)
 
 
@@ -56,30 +55,28 @@ def released(row: OffsetRow) -> OffsetRow:
     return row._replace(session="")
 
 
-def ended_uncleanly(row: OffsetRow, end: int, in_hand_max: int, alone: bool) -> OffsetRow:
-    """The row after its holder vanished. `end` is the partition's, `in_hand_max` what the member promised, `alone`:
-    nothing but this one head can have been in its hands, in all it held.
+def ended_uncleanly(row: OffsetRow, end: int, in_hand_max: int) -> OffsetRow:
+    """The row after its holder vanished. `end` is the partition's, `in_hand_max` what the member promised.
 
-    Such a head is to blame. Else all that may have been in hand are suspected and nobody is blamed: a member handles
-    a suspect with nothing else in its hands, and stores the attempt (`Offset.attempts`) BEFORE it begins. So whoever
-    kills its worker then is counted, and nobody else is.
+    All that may have been in hand are suspected and nobody is blamed, not even a single one: it may have come after
+    its holder died. A member handles a suspect with nothing else in its hands, and stores the attempt
+    (`Offset.attempts`) BEFORE it begins. So whoever kills its worker then is counted, and nobody else is.
     """
     row = released(row)
     if row.next >= end or row.next < row.suspects_end:
         return row  # nothing was there, or a suspect, whose attempts are stored already
-    if alone and in_hand_max:
-        return row._replace(attempts=row.attempts + 1)
     return row._replace(suspects_end=min(end, row.next + max(in_hand_max, 1)))
 
 
 def sought(row: OffsetRow | None, request: Seek, number: int) -> OffsetRow | Failed:
     """Rule 15: the row after this Seek, or OPEN_RACE. `number` is the next of the counter."""
-    if row is not None and row.sought_by == request.nonce:
-        return row
-    lease, at = (row.lease, row.next) if row is not None else (0, 0)
+    lease, at, holder = (row.lease, row.next, row.session) if row is not None else (0, 0, "")
+    if row is not None and row.sought_by == request.nonce and request.member in ("", holder):
+        return row  # a member that no longer holds it must not be told whose lease came after its own
     if request.expected_lease != lease:
         return Failed(Code.OPEN_RACE, f"group {request.group!r} is at another lease", {"epoch": lease})
-    return OffsetRow(request.to, number, request.member, None, lease, at, sought_by=request.nonce)
+    session = holder if holder == request.member else ""
+    return OffsetRow(request.to, number, session, None, lease, at, sought_by=request.nonce)
 
 
 def refusal(row: OffsetRow | None, entry: Offset, forward_only: bool) -> Failed | None:
@@ -117,19 +114,33 @@ def moved(row: OffsetRow, entry: Offset) -> OffsetRow:
 class Member:
     """One member of a group, as long as it is heard of."""
 
-    __slots__ = ("address", "client", "held", "in_hand_max", "name", "releasing", "seen_ms", "topics", "waiting")
+    __slots__ = (
+        "address",
+        "client",
+        "held",
+        "in_hand_max",
+        "name",
+        "releasing",
+        "seen_ms",
+        "targets",
+        "topics",
+        "waiting",
+    )
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, seen_ms: int) -> None:
         self.name = name
         self.client = ""
         self.address = ""
         self.topics: frozenset[int] = frozenset()
-        self.in_hand_max = 0
+        self.in_hand_max: int | None = None
+        """Its promise. None: known from the rows alone, and not heard of since this broker started."""
         self.held: dict[TopicPartition, int] = {}
-        """Partition -> lease."""
+        """Partition -> lease. The rows of these name this member, and no others do."""
+        self.targets: dict[TopicPartition, None] = {}
+        """What it should hold, in order."""
         self.releasing: dict[TopicPartition, int] = {}
         """What it must give back, and until when (mono_ms); then it is taken."""
-        self.seen_ms = 0
+        self.seen_ms = seen_ms
         self.waiting: Any = None
         """Its heartbeat that waits for something to change; the core's."""
 
@@ -137,12 +148,13 @@ class Member:
 class ConsumerGroup:
     """The members of one group, who holds what, and who should."""
 
-    __slots__ = ("holders", "members", "targets")
+    __slots__ = ("holders", "members", "topics")
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
         self.holders: dict[TopicPartition, Member] = {}
-        self.targets: dict[TopicPartition, str] = {}
+        self.topics: set[int] = set()
+        """Whose rows were looked at for holders of a broker before this one."""
 
     def hold(self, member: Member, key: TopicPartition, lease: int) -> None:
         """The member holds this partition."""
@@ -157,61 +169,104 @@ class ConsumerGroup:
 
     def rebalance(self, partitions: Mapping[int, int], release_until_ms: int) -> None:
         """Decide anew who should hold what; whoever holds another's is to release it. `partitions`: of each topic."""
-        self.targets = assigned(
+        targets = assigned(
             {member.name: member.topics for member in self.members.values()},
             partitions,
             {key: member.name for key, member in self.holders.items()},
         )
-        for key, member in self.holders.items():
-            if self.targets.get(key) == member.name:
-                member.releasing.pop(key, None)
-            else:
-                member.releasing.setdefault(key, release_until_ms)
+        for member in self.members.values():
+            member.targets = dict.fromkeys(targets[member.name])
+            member.releasing = {
+                key: member.releasing.get(key, release_until_ms) for key in member.held if key not in member.targets
+            }
 
 
 def assigned(
     subscribed: Mapping[str, frozenset[int]], partitions: Mapping[int, int], held: Mapping[TopicPartition, str]
-) -> dict[TopicPartition, str]:
-    """Who should hold which partition: each has one member that wants its topic, loads differ by one where that can
-    be, and as few as possible move (sticky). The same input always gives the same answer.
+) -> dict[str, list[TopicPartition]]:
+    """Who should hold what: each partition has one member that wants its topic, the loads of members that want the
+    same differ by one at most, and few partitions move (sticky). The same input always gives the same answer.
     """
-    takers: dict[int, list[str]] = {
-        topic_id: sorted(member for member, topics in subscribed.items() if topic_id in topics)
-        for topic_id in sorted(partitions)
-    }
-    targets: dict[TopicPartition, str] = {}
-    own: dict[str, list[TopicPartition]] = {member: [] for member in subscribed}
+    balance = _Balance(subscribed, partitions)
     free: list[TopicPartition] = []
-    for topic_id, members in takers.items():
-        for index in range(partitions[topic_id] if members else 0):
+    for topic_id in balance.takers:
+        for index in range(partitions[topic_id]):
             key = TopicPartition(topic_id, index)
             holder = held.get(key)
             if holder is not None and topic_id in subscribed.get(holder, ()):
-                own[holder].append(key)
+                balance.give(holder, key)
             else:
                 free.append(key)
     for key in free:
-        own[_least(takers[key.topic_id], own)].append(key)
-    while (move := _move(takers, own)) is not None:
-        key, giver, taker = move
-        own[giver].remove(key)
-        own[taker].append(key)
-    for member, keys in own.items():
-        targets.update(dict.fromkeys(keys, member))
-    return targets
+        balance.give(balance.least(key.topic_id), key)
+    balance.even_out()
+    return {member: [key for keys in own.values() for key in keys] for member, own in balance.own.items()}
 
 
-def _move(
-    takers: Mapping[int, list[str]], own: Mapping[str, list[TopicPartition]]
-) -> tuple[TopicPartition, str, str] | None:
-    """A partition whose move makes loads more even, from the member that holds most: (it, giver, taker)."""
-    for giver in sorted(own, key=lambda name: (-len(own[name]), name)):
-        for topic_id, key in {key.topic_id: key for key in own[giver]}.items():  # of each topic what came last
-            taker = _least(takers[topic_id], own)
-            if len(own[giver]) - len(own[taker]) >= 2:
-                return key, giver, taker
-    return None
+class _Balance:
+    """Loads while partitions are handed out. A heap's entry counts while it says the load that the member has."""
 
+    def __init__(self, subscribed: Mapping[str, frozenset[int]], partitions: Mapping[int, int]) -> None:
+        members = sorted(subscribed)
+        self.own: dict[str, dict[int, list[TopicPartition]]] = {member: {} for member in members}
+        self.takers: dict[int, list[tuple[int, str]]] = {}
+        """Topic -> heap of (load, member) of those that want it; topics that the same members want share theirs."""
+        self._load = dict.fromkeys(members, 0)
+        self._heaps: dict[str, list[list[tuple[int, str]]]] = {member: [] for member in members}
+        """The heaps that a member is in."""
+        shared: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+        for topic_id in sorted(partitions):
+            wanting = tuple([member for member in members if topic_id in subscribed[member]])
+            if wanting and wanting not in shared:
+                shared[wanting] = [(0, member) for member in wanting]
+                for member in wanting:
+                    self._heaps[member].append(shared[wanting])
+            if wanting:
+                self.takers[topic_id] = shared[wanting]
 
-def _least(members: Iterable[str], own: Mapping[str, list[TopicPartition]]) -> str:
-    return min(members, key=lambda name: (len(own[name]), name))
+    def give(self, member: str, key: TopicPartition) -> None:
+        """The member gets this partition."""
+        self.own[member].setdefault(key.topic_id, []).append(key)
+        self._changed(member, 1)
+
+    def least(self, topic_id: int) -> str:
+        """Who has least of those that want this topic."""
+        heap = self.takers[topic_id]
+        while heap[0][0] != self._load[heap[0][1]]:
+            heappop(heap)
+        return heap[0][1]
+
+    def even_out(self) -> None:
+        """Move partitions from who has most to who has least, while that makes loads more even."""
+        givers = [(-load, member) for member, load in self._load.items()]
+        heapify(givers)
+        stuck: list[tuple[int, str]] = []
+        while givers:
+            load, giver = heappop(givers)
+            if -load != self._load[giver]:
+                continue
+            taker = self._move(giver)
+            if taker is None:
+                stuck.append((load, giver))
+                continue
+            # Who could give nothing may be able to now, to these two.
+            for member in (giver, taker):
+                heappush(givers, (-self._load[member], member))
+            for entry in stuck:
+                heappush(givers, entry)
+            stuck = []
+
+    def _move(self, giver: str) -> str | None:
+        for topic_id, keys in self.own[giver].items():
+            if keys:
+                taker = self.least(topic_id)
+                if self._load[giver] - self._load[taker] >= 2:
+                    self._changed(giver, -1)
+                    self.give(taker, keys.pop())
+                    return taker
+        return None
+
+    def _changed(self, member: str, by: int) -> None:
+        self._load[member] += by
+        for heap in self._heaps[member]:
+            heappush(heap, (self._load[member], member))

@@ -365,7 +365,7 @@ class Heartbeat(NamedTuple):
     """Or at this offset."""
     in_hand_max: Count = 0
     """The member's promise: so many messages of a partition, at most, are in its hands behind the position; and one
-    below a lease's `suspects_end` is in its hands alone, its attempt stored before. 0: no promise, nobody is blamed."""
+    below a lease's `suspects_end` is in its hands alone, its attempt stored before. 0: no promise."""
     wait_ms: Annotated[int, _Range(0, WAIT_MS_MAX)] = 0
 
 
