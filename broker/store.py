@@ -492,10 +492,12 @@ class Store:
         """Positions behind `after`, by topic, partition and group. Raises Damaged."""
         first = b"" if after is None else schema.offset_key(after) + b"\x00"
         with self._environment.begin() as txn, txn.cursor(self._tables[Table.OFFSETS]) as cursor:
-            return [
-                (schema.offset_key_of(bytes(key)), schema.offset_row(bytes(key), value))
+            # The row first: its checksum covers the key.
+            rows = [
+                (bytes(key), schema.offset_row(bytes(key), value))
                 for key, value in islice(_items_from(cursor, first), limit)
             ]
+        return [(schema.offset_key_of(key), row) for key, row in rows]
 
     def offset_count(self) -> int:
         """How many positions there are."""

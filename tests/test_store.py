@@ -98,6 +98,8 @@ def test_new_store_is_empty(any_store: Storage) -> None:
     assert any_store.producer_names("", 10) == []
     assert any_store.producers_from(0, 10) == []
     assert any_store.offset(OffsetKey("group", 1, 0)) is None
+    assert any_store.offsets_from(None, 10) == []
+    assert any_store.offset_count() == 0
     assert any_store.partition(1, 0) is None
     assert any_store.oldest(1, 0, 10) == []
     assert any_store.offset_at(1, 0, 0) is None
@@ -237,6 +239,24 @@ def test_a_deleted_topic_takes_its_positions(any_store: Storage) -> None:
     any_store.commit(Group(topics={2: None}, offsets={keys[2]: row}))
     assert [any_store.offset(key) for key in keys] == [row, row, None, None, row, row]
     assert list(any_store.topics()) == [topic(1)]
+    assert any_store.offset_count() == 4
+
+
+def test_positions_are_listed_by_topic_partition_and_group(any_store: Storage) -> None:
+    keys = [OffsetKey(group, topic_id, index) for topic_id in (1, 256) for index in (0, 3) for group in ("a", "b", "ä")]
+    rows = {key: OffsetRow(number, 1, "s", b"m", 0, 0, 2, 9, "n") for number, key in enumerate(keys)}
+    any_store.commit(Group(offsets=dict(sorted(rows.items()))))
+    everything = [(key, rows[key]) for key in keys]
+    assert any_store.offset_count() == 12
+    assert any_store.offsets_from(None, 100) == everything
+    for index, key in enumerate(keys):
+        assert any_store.offsets_from(key, 100) == everything[index + 1 :]
+        assert any_store.offsets_from(key, 2) == everything[index + 1 : index + 3]
+    assert any_store.offsets_from(OffsetKey("aa", 1, 0), 1) == [everything[1]], "behind a key that is not there"
+    assert any_store.offsets_from(OffsetKey("a", 2, 0), 1) == [everything[6]]
+    any_store.commit(Group(offsets={keys[0]: None}))
+    assert any_store.offsets_from(None, 1) == [everything[1]]
+    assert any_store.offset_count() == 11
 
 
 def test_offset_at_a_time(any_store: Storage) -> None:
@@ -399,6 +419,9 @@ class BothStores(RuleBasedStateMachine):
             for group in "abc":
                 key = OffsetKey(group, topic_id, partition)
                 assert one.offset(key) == other.offset(key)
+                assert one.offsets_from(key, 3) == other.offsets_from(key, 3)
+        assert one.offset_count() == other.offset_count()
+        assert one.offsets_from(None, 99) == other.offsets_from(None, 99)
 
 
 TestBothStores = BothStores.TestCase
@@ -592,6 +615,12 @@ def test_a_damaged_row_refuses_and_hurts_no_other(directory: Path, table: str) -
                 read()
         else:
             read()
+    assert opened.offset_count() == 2
+    if table == "offsets":
+        for after in (None, OffsetKey("a", 1, 0)):
+            with pytest.raises(Damaged, match="table offsets"):
+                opened.offsets_from(after, 9)
+    assert opened.offsets_from(keys[0], 9) == [(keys[1], group.offsets[keys[1]])]
     if table == "log":
         assert [one[0] for one in opened.read(1, 0, 0, 1 << 20, 9)] == [0], "what lies before it can be read"
         with pytest.raises(Damaged):
@@ -599,6 +628,20 @@ def test_a_damaged_row_refuses_and_hurts_no_other(directory: Path, table: str) -
         assert opened.read(1, 1, 0, 100, 9)
     assert opened.producer(5) == producer(5)
     assert opened.offset(keys[1]) is not None
+    opened.close()
+
+
+@pytest.mark.parametrize("key", [b"short", schema.offset_key(OffsetKey("group", 1, 0)) + b"\xff"])
+def test_a_position_under_a_key_that_is_none_is_damage(directory: Path, key: bytes) -> None:
+    opened = Store(directory)
+    group = Group(offsets={OffsetKey("group", 1, 0): OffsetRow(0, 1, "s", None, 0, 0)})
+    opened.commit(group)
+    opened.close()
+    value = schema.offset_value(schema.offset_key(OffsetKey("group", 1, 0)), OffsetRow(0, 1, "s", None, 0, 0))
+    raw(directory, lambda txn, table: txn.put(key, value, db=table(Table.OFFSETS)))
+    opened = Store(directory)
+    with pytest.raises(Damaged, match="table offsets"):
+        opened.offsets_from(None, 9)
     opened.close()
 
 
