@@ -9,8 +9,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from .figures import FIGURES, Plan, Row
+from . import figures, groups
+from .figures import Plan, Row
 from .measure import machine
+
+FIGURES = {**figures.FIGURES, **groups.FIGURES}
 
 QUICK_SCALE = 0.02
 

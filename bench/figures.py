@@ -48,7 +48,8 @@ Rows = AsyncIterator[Row]
 Work = Callable[[Client], Awaitable[None]]
 
 
-def _rows(name: str, samples: list[Sample]) -> list[Row]:
+def sample_rows(name: str, samples: list[Sample]) -> list[Row]:
+    """The rate, and the CPU of either side."""
     return [
         Row(name, "messages/s", spread(sample.rate for sample in samples)),
         Row(name, "client CPU µs/message", spread(sample.client_us for sample in samples)),
@@ -80,7 +81,7 @@ async def produce(plan: Plan) -> Rows:
             async with mq.producer() as producer:
                 await producer.send_many(TOPIC, values)
 
-        for row in _rows(f"produce plain {size} B", await _sampled(plan, count, plain)):
+        for row in sample_rows(f"produce plain {size} B", await _sampled(plan, count, plain)):
             yield row
         count = plan.messages(300_000 if size < 500 else 100_000)
         keys = [b"key-%d" % (number % 1000) for number in range(count)]
@@ -96,7 +97,7 @@ async def produce(plan: Plan) -> Rows:
                 await producer.send_many(TOPIC, (Record(value, key) for value, key in pairs))
 
         for name, work in (("ready-made", keyed), ("fresh", fresh)):
-            for row in _rows(f"produce keyed, {name} {size} B", await _sampled(plan, count, work, partitions=4)):
+            for row in sample_rows(f"produce keyed, {name} {size} B", await _sampled(plan, count, work, partitions=4)):
                 yield row
 
 
@@ -114,7 +115,7 @@ async def send(plan: Plan) -> Rows:
             await asyncio.gather(*[one() for _ in range(tasks)])
 
         name = f"awaited sends, {tasks} task{'s' * (tasks > 1)}, {plan.sizes[0]} B"
-        for row in _rows(name, await _sampled(plan, tasks * each, work)):
+        for row in sample_rows(name, await _sampled(plan, tasks * each, work)):
             yield row
 
 
@@ -135,7 +136,7 @@ async def consume(plan: Plan) -> Rows:
                     if number:
                         taken.append(watch.stop(count))
         for name, taken in samples.items():
-            for row in _rows(f"consume by {name} {size} B", taken):
+            for row in sample_rows(f"consume by {name} {size} B", taken):
                 yield row
 
 
@@ -195,8 +196,7 @@ async def raw(plan: Plan) -> Rows:
         each = BATCH_BYTES // (size + 16)
         value = os.urandom(size)
         values = [value] * count
-        body = records.pack([value] * each, None, None, None, wire.Codec.NONE)
-        batch = wire.make_batch(wire.Codec.NONE, each, 1, 0, 1, 0, each - 1, body)
+        batch = values_batch([value] * each)
         ours: list[float] = []
         theirs: list[float] = []
         commits_seen: list[float] = []
@@ -211,7 +211,7 @@ async def raw(plan: Plan) -> Rows:
                     mine = count / (time.perf_counter() - started)
                     commits = await metric(process, "idemq_group_commit_seconds_count") - commits
                     batches = max(1, count // each)
-                    other = await asyncio.to_thread(_into_lmdb, directory, number, batch, batches, commits)
+                    other = await asyncio.to_thread(into_lmdb, directory, number, batch, batches, commits)
                     if number:
                         ours.append(mine)
                         theirs.append(other * each)
@@ -222,7 +222,13 @@ async def raw(plan: Plan) -> Rows:
         yield Row(f"in a commit, {size} B", "kB", spread(commits_seen))
 
 
-def _into_lmdb(directory: str, number: int, batch: bytes, batches: int, commits: float) -> float:
+def values_batch(values: list[bytes]) -> bytes:
+    """Plain values as the log stores them."""
+    body = records.pack(values, None, None, None, wire.Codec.NONE)
+    return wire.make_batch(wire.Codec.NONE, len(values), 1, 0, 1, 0, len(values) - 1, body)
+
+
+def into_lmdb(directory: str, number: int, batch: bytes, batches: int, commits: float) -> float:
     """Batches a second, in about `commits` transactions, synced as the broker's are."""
     environment = lmdb.open(directory, map_size=1 << 36)
     together = max(1, round(batches / max(1.0, commits)))

@@ -101,10 +101,10 @@ async def metric(broker: BrokerProcess, name: str) -> float:
 
 
 @asynccontextmanager
-async def broker() -> AsyncIterator[BrokerProcess]:
+async def broker(*arguments: str) -> AsyncIterator[BrokerProcess]:
     """A broker on a temporary directory (where TMPDIR says: put it on the disk that is to be measured)."""
     with TemporaryDirectory(prefix="idemq-bench-") as directory:
-        async with BrokerProcess(directory) as process:
+        async with BrokerProcess(directory, *arguments) as process:
             yield process
 
 
