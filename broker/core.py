@@ -293,7 +293,6 @@ class Core:
         self._waiter_number = 0
         self._groups: dict[str, ConsumerGroup] = {}
         self._members_at_ms = 0
-        """When members are to be looked at next; 0: they never were."""
         self._clock_offset_ms: int | None = None
         self._paused_until_ms = 0
         self._swept_to = 0
@@ -711,7 +710,7 @@ class Core:
         if type(begun) is Failed:
             return begun
         assert isinstance(begun, dict)
-        returning = self._returning(request, group, reported) if member is None else {}
+        returning = self._returning(request, reported) if member is None else {}
         self._groups[request.group] = group
         for position, row in begun.items():
             self._put_offset(position, row)
@@ -802,12 +801,12 @@ class Core:
         return None
 
     def _returning(
-        self, request: wire.Heartbeat, group: ConsumerGroup, reported: dict[TopicPartition, wire.Held]
+        self, request: wire.Heartbeat, reported: dict[TopicPartition, wire.Held]
     ) -> dict[TopicPartition, OffsetRow]:
         """What a member that was thought to be gone still holds: what nobody else was granted since."""
         rows: dict[TopicPartition, OffsetRow] = {}
         for key, held in reported.items():
-            if key.topic_id in request.topics and key not in group.holders:
+            if key.topic_id in request.topics:
                 row = self._offset(OffsetKey(request.group, *key))
                 if row is not None and row.lease == held.lease and not row.session:
                     rows[key] = row._replace(session=request.member)
@@ -901,14 +900,13 @@ class Core:
 
     def _watch_members(self, now: Now) -> None:
         """Members that are not heard of, partitions that are not given back, heartbeats that waited long enough."""
-        late_ms = now.mono_ms - self._members_at_ms if self._members_at_ms else 0
-        held_up = late_ms > self._limits.member_timeout_ms // 2
+        held_up = now.mono_ms - self._members_at_ms > self._limits.member_timeout_ms // 2
         for name, group in list(self._groups.items()):
             if held_up:
                 # It was this broker that stood still, and what members said meanwhile is not read yet.
                 for member in group.members.values():
-                    member.seen_ms = min(member.seen_ms + late_ms, now.mono_ms)
-                    member.releasing = {key: until_ms + late_ms for key, until_ms in member.releasing.items()}
+                    member.seen_ms = now.mono_ms
+                    member.releasing = dict.fromkeys(member.releasing, now.mono_ms + self._limits.release_ms_max)
             gone = [
                 member
                 for member in group.members.values()

@@ -432,7 +432,9 @@ def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
     cluster.mono_ms += 60_000  # its process was stopped: no tick, nothing read
     cluster.wait(0)
     assert {cluster.row(topic_id, index).session for index in range(2)} == {"a"}
-    cluster.wait(3500)
+    cluster.wait(3900)
+    assert cluster.row(*moving).session == "a"
+    cluster.wait(300)
     assert cluster.row(*moving).session == "", "then time counts again"
     cluster.wait(TIMEOUT_MS)
     assert cluster.core._groups == {}
@@ -505,6 +507,33 @@ def test_who_comes_back_before_another_asks_keeps_its_share() -> None:
     other = Worker(cluster, "b", topic_id)
     cluster.ask(other.connection, other.membership.report(0)._replace(topics=[topic_id], held=[]))
     assert {key.partition for key in worker.beat().lost} == {0, 1}, "the other has both"
+
+
+def test_who_comes_back_after_another_had_it_gets_a_number_of_its_own() -> None:
+    cluster = Cluster()
+    topic_id = cluster.make_topic()
+    worker, other = Worker(cluster, "a", topic_id), Worker(cluster, "b", topic_id)
+    worker.beat()
+    cluster.wait(TIMEOUT_MS + 200)
+    other.beat()
+    cluster.wait(TIMEOUT_MS + 200)  # it is gone, too, and its lease still commits
+    changes = worker.beat()
+    assert changes.lost == [TopicPartition(topic_id, 0)]
+    assert worker.lease(topic_id) > other.lease(topic_id)
+
+
+def test_a_lease_that_is_anothers_is_not_had_by_reporting_it() -> None:
+    cluster = Cluster()
+    topic_id = cluster.make_topic()
+    worker, other = Worker(cluster, "a", topic_id), Worker(cluster, "b", topic_id)
+    worker.beat()
+    other.membership.held.update(worker.membership.held)
+    assert other.beat() == Changes([], [], [TopicPartition(topic_id, 0)])
+    assert worker.beat() == Changes([], [], [])
+    cluster.restart()
+    other.reconnect()
+    other.membership.held.update(worker.membership.held)
+    assert other.beat() == Changes([], [], [TopicPartition(topic_id, 0)])
 
 
 def test_a_lease_of_a_deleted_topic_is_not_taken_up_again() -> None:
@@ -1028,8 +1057,6 @@ def test_positions_have_a_quota() -> None:
     topic_id = cluster.make_topic(3)
     worker = Worker(cluster, "a", topic_id)
     worker.beat()
-    for index in range(3):  # rows that are stored already do not count twice
-        worker.commit(topic_id, 0, partition=index, attempts=1)
     counter = cluster.store.counter()
     refused = Worker(cluster, "b", topic_id, group="other").refused()
     assert (refused.code, refused.text) == (
@@ -1039,6 +1066,8 @@ def test_positions_have_a_quota() -> None:
     assert (cluster.store.offset_count(), cluster.store.counter()) == (3, counter)
     assert list(cluster.core._groups) == ["g"]
     small = cluster.make_topic(1, "small")
+    entries = [worker.entry(topic_id, 0, partition=index, attempts=1) for index in range(3)]
+    cluster.step(worker.connection, wire.Commit(0, 0, -1, 0, [], entries))  # stored already: they do not count twice
     assert cluster.step(worker.connection, Worker(cluster, "c", small, group="c").membership.report(0)) is None
     assert cluster.step(worker.connection, Worker(cluster, "d", small, group="d").membership.report(0)) is None
     number = cluster.number
