@@ -30,9 +30,9 @@ Callback = Callable[[list[tuple[str, int]]], Any]
 
 
 class Leased(Delivery):
-    """One partition under one lease: where its position stands."""
+    """One partition under one lease, and what of it was handed out since its messages were last taken back."""
 
-    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "rewinds", "state")
+    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "state")
 
     def __init__(self, group: GroupConsumer, lease: wire.Lease, topic: TopicInfo) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
@@ -46,11 +46,10 @@ class Leased(Delivery):
         """Where it will be once the transactions under way are stored."""
         self.pending = 0
         """Transactions and commits under way."""
-        self.rewinds = 0
         self.handed_round = -1
         """When messages were handed out last (see `GroupConsumer.returned`)."""
         self.state = "held"
-        """held -> releasing -> gone, or held -> gone."""
+        """held -> releasing -> gone, or at once; stale: its messages are handed out again by another in its place."""
 
     def moved(self, end: int) -> None:
         """The position is stored at `end`."""
@@ -59,18 +58,26 @@ class Leased(Delivery):
             self.attempts = 0
         self.planned = max(self.planned, self.committed)
 
+    def again(self, lease: wire.Lease | None = None) -> Leased:
+        """The same partition from the stored position on, or under another lease."""
+        same = wire.Lease(
+            *self.reading.key, self.lease, self.committed, self.attempts, self.suspects_end, self.metadata
+        )
+        leased = Leased(self.group, lease or same, self.reading.topic)
+        leased.reading.end, leased.reading.paused = self.reading.end, self.reading.paused
+        return leased
+
 
 class Move:
     """One position that a commit or transaction moves."""
 
-    __slots__ = ("end", "first", "leased", "rewinds")
+    __slots__ = ("end", "first", "leased")
 
     def __init__(self, leased: Leased, first: int, end: int) -> None:
         self.leased = leased
         self.first = first
         """The first message it is about."""
         self.end = end
-        self.rewinds = leased.rewinds
 
 
 def moves(what: object) -> list[Move]:
@@ -101,15 +108,18 @@ def _pieces(what: object) -> Iterable[Piece]:
 
 
 def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
-    """The entries with which a transaction moves these positions, with metadata. Raises LeaseLost, OffsetConflict."""
+    """The entries with which a transaction moves these positions, with metadata. Raises OffsetConflict.
+
+    A batch that was taken back is not to be stored, though the lease would allow it: what is handed out again is in
+    front of it.
+    """
     entries: list[wire.Offset] = []
     for move, metadata in moved:
         leased, key = move.leased, move.leased.reading.key
-        where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
-        if leased.state == "gone":
-            raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost", details=where)
-        if move.first < leased.planned:
-            text = f"message {move.first} of partition {key.partition} was committed before"
+        if move.first < leased.planned or leased.state == "stale":
+            why = "is handed out again" if leased.state == "stale" else "was committed before"
+            where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+            text = f"message {move.first} of partition {key.partition} of {leased.reading.topic.name!r} {why}"
             raise OffsetConflict(text, details={**where, "next": leased.planned})
         entries.append(wire.Offset(leased.group.group, *key, leased.lease, leased.planned, move.end, metadata))
     for move, _ in moved:
@@ -135,22 +145,15 @@ def aborted(moved: Sequence[Move], error: BaseException) -> None:
 
 
 def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:
-    """Hand out again what is not committed of these partitions, unless that was done since.
+    """Take back what is not committed of these partitions, and hand it out again.
 
     Safe also when the outcome is not known: a second run finds the position moved, if the first was stored.
     """
-    for move in moved:
-        leased = move.leased
-        if leased.rewinds != move.rewinds:
-            continue
-        named = isinstance(error, IdemqError) and _names(error, leased.reading.key)
-        if isinstance(error, OffsetConflict) and named and error.expected is not None:
+    for leased in [move.leased for move in moved]:
+        if isinstance(error, OffsetConflict) and error.expected is not None and _names(error, leased.reading.key):
             leased.moved(error.expected)  # an earlier run was stored after all
-        leased.rewinds += 1
-        leased.planned = leased.committed
         if leased.state == "held":
-            # What was lost is read no more: the next heartbeat says whose it is.
-            leased.group.hand_out_again(leased, pause=isinstance(error, LeaseLost) and named)
+            leased.group.take_back(leased)
 
 
 class GroupConsumer:
@@ -314,7 +317,7 @@ class GroupConsumer:
 
     # ------------------------------------------------------------------------------------------------ positions
 
-    async def commit(self, moved: Sequence[Move]) -> None:
+    async def commit(self, moved: Sequence[Move], timeout: float | None = None) -> None:
         """Move positions forward without a transaction. Raises LeaseLost for those lost; the others are moved."""
         wanted = {move.leased: move.end for move in moved if move.end > move.leased.committed}
         lost: LeaseLost | None = None
@@ -326,7 +329,7 @@ class GroupConsumer:
             for leased in wanted:
                 leased.pending += 1
             try:
-                await self._engine.commit_offsets(entries, self._timeout)
+                await self._engine.commit_offsets(entries, self._timeout if timeout is None else timeout)
             except LeaseLost as error:
                 lost = lost or error
                 still = {one: end for one, end in wanted.items() if not _names(error, one.reading.key)}
@@ -344,11 +347,15 @@ class GroupConsumer:
         if lost is not None:
             raise lost
 
-    def hand_out_again(self, leased: Leased, pause: bool) -> None:
-        """Go on behind the stored position."""
-        if pause:
-            self._reader.pause(leased.reading, True)
-        self._reader.seek(leased.reading, leased.committed)
+    def take_back(self, leased: Leased) -> None:
+        """What of a partition was handed out and not committed is handed out again."""
+        again = leased.again()
+        leased.state = "stale"
+        self._replace(again)
+
+    def _replace(self, leased: Leased) -> None:
+        self.held[leased.reading.key] = leased
+        self._reader.replace(leased.reading)
 
     def commit_soon(self, moved: Sequence[Move]) -> None:
         """The same, not waited for: what goes wrong is told when the loop comes back, a lost lease by `on_revoked`."""
@@ -365,10 +372,10 @@ class GroupConsumer:
         """Everything handed out."""
         return [Move(leased, leased.committed, leased.reading.delivered) for leased in self.held.values()]
 
-    async def store_attempts(self, leased: Leased, offset: int, attempts: int) -> None:
+    async def store_attempts(self, leased: Leased, offset: int, attempts: int, timeout: float) -> None:
         """Count attempts at the head of a partition. Raises LeaseLost."""
         entry = wire.Offset(self.group, *leased.reading.key, leased.lease, offset, offset, None, attempts)
-        await self._engine.commit_offsets([entry], self._timeout)
+        await self._engine.commit_offsets([entry], timeout)
         leased.head, leased.attempts = offset, attempts
 
     async def seek(self, leased: Leased, to: int) -> None:
@@ -377,18 +384,12 @@ class GroupConsumer:
         assert self._member is not None
         request = wire.Seek(self.group, *key, secrets.token_hex(12), leased.lease, to, self._member.name)
         sought = await self._engine.seek(request, self._timeout)
-        if self.held.get(key) is not leased:
+        held = self.held.get(key)
+        if held is None or held.lease != leased.lease:
             raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost")
         self._member.sought(key, sought.lease)
-        # A new lease: messages and transactions of the old one move nothing any more.
-        leased.state = "gone"
-        again = Leased(self, wire.Lease(*key, sought.lease, sought.next, 0, 0, None), leased.reading.topic)
-        again.reading.end = leased.reading.end
-        again.reading.paused = leased.reading.paused
-        self.held[key] = again
-        self._reader.remove([key])
-        self._reader.add([again.reading])
-        self._reader.seek(again.reading, sought.next)
+        held.state = "gone"  # messages and transactions of the old lease move nothing any more
+        self._replace(held.again(wire.Lease(*key, sought.lease, sought.next, 0, 0, None)))
 
 
 def _names(error: IdemqError, key: TopicPartition) -> bool:

@@ -96,6 +96,15 @@ class Reader:
                 self._drop(one)
         self._fetch_again()
 
+    def replace(self, one: Reading) -> None:
+        """Read a partition by this, and no more by what read it before."""
+        before = self.readings.get(one.key)
+        if before is not None:
+            self._drop(before)
+        self.readings[one.key] = one
+        self._error = None
+        self._fetch_again()
+
     def seek(self, one: Reading, position: int) -> None:
         """Go on from here in a partition."""
         self._drop(one)

@@ -228,7 +228,170 @@ async def test_one_transaction_over_two_groups_and_metadata_for_the_next_holder(
             assert sub.metadata() == {("t", 0): b"state of g"}
 
 
+@run
+async def test_a_batch_that_was_taken_back_is_not_stored_in_front_of_what_is_handed_out_again() -> None:
+    async with world(messages=20) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as sub:
+            one, two = await take(sub, 10), await take(sub, 10)
+            with pytest.raises(ZeroDivisionError):
+                async with p.transaction(one):
+                    raise ZeroDivisionError
+            again = await take(sub, 10)
+            assert values(again) == list(range(10))
+            with pytest.raises(idemq.OffsetConflict, match="handed out again"):
+                async with p.transaction(two) as tx:
+                    tx.send("u", b"the first ten would be skipped")
+            async with p.transaction(again) as tx:  # and that took nothing back a second time
+                tx.send("u", b"first")
+            assert values(await take(sub, 10)) == list(range(10, 20))
+        assert [one.value for one in await read(mq, "u")] == [b"first"]
+
+
+@run
+async def test_commits_that_pass_each_other_leave_the_highest_position() -> None:
+    async with world(messages=10) as (_, mq), mq.producer("p") as p, mq.subscribe("t", group="g") as sub:
+        messages = await take(sub, 10)
+        await asyncio.gather(sub.commit(messages[7]), sub.commit(messages[3]))
+        with pytest.raises(ZeroDivisionError):
+            async with p.transaction(messages[8:]):
+                raise ZeroDivisionError
+        assert values(await take(sub, 2)) == [8, 9]
+
+
 # ------------------------------------------------------------------------------------------------------ membership
+
+
+@run
+async def test_of_a_commit_over_a_lost_partition_the_others_are_moved() -> None:
+    async with (
+        world(partitions=2, messages=20, release_ms_max=200) as (_, mq),
+        mq.subscribe("t", group="g") as first,
+    ):
+        messages = await take(first, 20)
+        async with mq.subscribe("t", group="g") as second:
+            await eventually(lambda: len(second.assigned) == 1)
+            with pytest.raises(idemq.LeaseLost) as lost:
+                await first.commit(messages)
+            [kept] = first.assigned
+            assert [("t", index) for _, index in lost.value.partitions] == second.assigned
+            assert await positions(mq) == {kept: 10, second.assigned[0]: 0}
+
+
+@run
+async def test_a_partition_is_not_given_back_while_a_transaction_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(partitions=2, messages=40) as (_, mq), mq.producer("p") as p:
+        async with mq.subscribe("t", group="g") as first:
+            messages = await take(first, 30)
+            assert {one.partition for one in messages} == {0, 1}
+            for index in range(2):
+                await mq.send("t", b"more", partition=index)
+            answered = asyncio.Event()
+            transact = p._engine.transact
+
+            async def slowly(*arguments: Any) -> Any:
+                await answered.wait()
+                return await transact(*arguments)
+
+            monkeypatch.setattr(p._engine, "transact", slowly)
+
+            async def store() -> None:
+                async with p.transaction(messages) as tx:
+                    tx.send("u", b"output")
+
+            storing = asyncio.create_task(store())
+            await asyncio.sleep(0)
+            async with mq.subscribe("t", group="g") as second:
+                await eventually(lambda: any(one.state == "releasing" for one in leased(first)))
+                [kept] = [one.reading.name for one in leased(first) if one.state == "held"]
+                more = await take(first, 1)  # the loop has come back
+                assert {(one.topic, one.partition) for one in more} == {kept}, "nothing more of what is given back"
+                for _ in range(10):
+                    await mq.ping()
+                assert second.assigned == []
+                answered.set()
+                await storing
+                asking = asyncio.create_task(take(first, 1000))
+                await eventually(lambda: len(second.assigned) == 1)
+                asking.cancel()
+        assert len(await read(mq, "u")) == 1
+
+
+def leased(sub: idemq.Subscription) -> list[Any]:
+    assert sub._group is not None
+    return list(sub._group.held.values())
+
+
+@run
+async def test_callbacks_come_one_at_a_time() -> None:
+    async with world(partitions=3) as (_, mq):
+        running = 0
+        most = 0
+        calls = 0
+
+        async def callback(partitions: list[tuple[str, int]]) -> None:
+            nonlocal running, most, calls
+            running, calls = running + 1, calls + 1
+            most = max(most, running)
+            try:
+                await asyncio.sleep(0.02)
+            finally:
+                running -= 1
+
+        async with mq.subscribe("t", group="g", on_assigned=callback, on_revoked=callback):
+            async with mq.subscribe("t", group="g"), mq.subscribe("t", group="g"):
+                await eventually(lambda: calls >= 3)
+            await eventually(lambda: calls >= 4)
+        assert most == 1
+
+
+@run
+async def test_whoever_gives_up_joining_is_no_member() -> None:
+    async with world(partitions=2) as (b, mq):
+        for turns in range(12):
+            sub = mq.subscribe("t", group="g")
+            joining = asyncio.create_task(sub.open())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            joining.cancel()
+            await asyncio.wait([joining])
+            await sub.close()
+        await eventually(lambda: not b.server.core._groups)
+
+
+@run
+async def test_a_close_that_was_cancelled_can_be_repeated() -> None:
+    async with world(partitions=2) as (b, mq):
+        for turns in range(12):
+            sub = mq.subscribe("t", group="g")
+            await sub.open()
+            closing = asyncio.create_task(sub.close())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            await sub.close()
+            await eventually(lambda: not b.server.core._groups)
+
+
+@run
+async def test_a_plain_commit_whose_answer_was_lost_with_the_lease_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C6: the lease ended at or behind where the commit leads, so an earlier copy of it was stored."""
+    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g") as sub:
+        messages = await take(sub, 5)
+        [one] = leased(sub)
+        engine: Any = mq._engine
+
+        async def lost(request: Any, timeout: float) -> None:
+            raise idemq.LeaseLost("", details={"topic_id": one.reading.key[0], "partition": 0, "next": ended_at})
+
+        monkeypatch.setattr(engine._connection, "ask", lost)
+        ended_at: int | None = 5
+        await sub.commit(messages)
+        one.committed = 0
+        for ended_at in (4, None):  # noqa: B007 - `lost` reads it
+            with pytest.raises(idemq.LeaseLost):
+                await sub.commit(messages)
+        monkeypatch.undo()
 
 
 @run
@@ -352,7 +515,8 @@ async def test_a_callback_that_fails_later_ends_the_subscription() -> None:
 
 @run
 async def test_a_seek_is_stored_and_what_was_in_hand_cannot_be_committed() -> None:
-    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g") as sub:
+    told: list[Any] = []
+    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g", on_revoked=told.append) as sub:
         messages = await take(sub, 5)
         await sub.seek("t", 0, 2)
         assert await positions(mq) == {("t", 0): 2}
@@ -363,6 +527,7 @@ async def test_a_seek_is_stored_and_what_was_in_hand_cannot_be_committed() -> No
         assert again[0].lease > messages[0].lease
         await sub.commit(again)
         assert await positions(mq) == {("t", 0): 5}
+        assert told == [], "it goes on holding the partition"
         for topic, index in (("t", 1), ("none", 0)):
             with pytest.raises(idemq.InvalidRequest, match="not read here"):
                 await sub.seek(topic, index, 0)
