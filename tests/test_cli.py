@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
@@ -163,14 +164,13 @@ def test_without_arguments_help_is_printed_and_nothing_was_done(capsys: pytest.C
 def test_help_names_every_command_and_none_that_a_later_version_brings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     words = set(capsys.readouterr().out.split())
-    wanted = "serve ping healthcheck topic pub sub producer verify demo bench"
+    wanted = "serve ping healthcheck topic pub sub group producer verify demo bench"
     assert set(wanted.split()) <= words
     for later in LATER:
         assert later not in {name.split()[0] for name in COMMANDS}
 
 
 LATER = [
-    "group",
     "dlq",
     "token",
     "explain",
@@ -221,7 +221,10 @@ def test_a_family_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None
         (["sub", "t", "-n", "0"], "'0' is no whole number above 0"),
         (["sub", "t", "--from", "-1"], "'-1' is none of earliest, latest, an offset, a time"),
         (["sub", "t", "--from", "yesterday"], "'yesterday' is none of earliest, latest, an offset, a time"),
-        (["sub", "t", "-g", "g"], "--group is not offered yet"),
+        (["sub", "t", "-g"], "argument -g/--group: expected one argument"),
+        (["group", "seek", "g", "t"], "the following arguments are required: --to"),
+        (["group", "seek", "g", "t", "--to", "1", "--partition", "-1"], "'-1' is no whole number from 0 on"),
+        (["group", "lst"], "there is no command 'group lst': did you mean group ls?"),
         (["pub", "t", "--id", "1", "v"], "--id is not offered yet"),
         (["ping", "--timeout", "nan"], "'nan' is no number of seconds above 0"),
         (["ping", "--timeout", "0"], "'0' is no number of seconds above 0"),
@@ -284,8 +287,8 @@ def test_a_command_that_needs_no_broker_loads_none(broker: Broker) -> None:
 
 
 def test_1_what_the_broker_refuses(broker: Broker) -> None:
-    for argv in (["topic", "describe", "nix"], ["sub", "nix"], ["pub", "nix", "x"], ["producer", "describe", "nix"]):
-        done = broker.idemq(*argv)
+    for what in ("topic describe nix", "sub nix", "pub nix x", "producer describe nix", "group describe nix"):
+        done = broker.idemq(*what.split())
         assert done.returncode == errors.FAILURE
         assert done.stderr.startswith("idemq: there is no ")
         assert done.stderr.count("\n") == 1
@@ -777,6 +780,217 @@ def test_lines_are_sent_as_they_come(broker: Broker, topic: str) -> None:
             wait_for(lambda: len(broker.lines("sub", topic, "--exit-at-end")) == number + 1)  # noqa: B023
         process.stdin.close()
         assert process.wait(SECONDS_MAX) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- groups
+
+
+def committed(broker: Broker, group: str) -> dict[int, int]:
+    """{partition: next} of a group that reads one topic."""
+    return {one["partition"]: one["next"] for one in broker.json("group", "describe", group)["offsets"]}
+
+
+@contextmanager
+def unread(broker: Broker, *argv: str) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
+    """(a command, its output) once nobody having read it has filled the pipe."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as output, broker.popen(*argv, stdout=writing) as process:
+        wait_for(lambda: not select.select([], [writing], [], 0)[1])
+        os.close(writing)
+        yield process, output
+
+
+def test_a_group_goes_on_behind_what_was_printed(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="".join(f"{number}\n" for number in range(5000)))
+    assert broker.lines("sub", topic, "-g", topic, "-n", "3") == ["0", "1", "2"]
+    assert committed(broker, topic) == {0: 3}
+    (one,) = broker.lines("sub", topic, "-g", topic, "-n", "1", "--json")
+    assert (json.loads(one)["value"], json.loads(one)["offset"]) == ("3", 3)
+    rest = broker.lines("sub", topic, "-g", topic, "--exit-at-end")
+    assert rest == [str(number) for number in range(4, 5000)]
+    assert broker.lines("sub", topic, "-g", topic, "--exit-at-end", "--from", "earliest") == []
+    assert broker.lines("sub", topic, "-g", f"{topic}-2", "--exit-at-end", "--from", "4999") == ["4999"]
+    assert broker.json("group", "describe", topic)["lag"] == 0
+
+
+def test_what_was_not_printed_is_not_committed(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="y\n" * 100_000)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with broker.popen("sub", topic, "-g", topic, stdout=writing) as process:
+        os.close(writing)
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait(SECONDS_MAX)) == (b"", 0)
+    assert committed(broker, topic) == {0: 0}
+    # A reader that takes its time: the process is not stuck in writing, so that heartbeats are sent and Ctrl-C works.
+    with unread(broker, "sub", topic, "-g", topic) as (process, output):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS_MAX) == 130
+        printed = output.read().count(b"\n")
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert 0 < committed(broker, topic)[0] <= printed < 100_000
+
+
+def test_printed_and_then_sought_elsewhere_is_told_and_printed_again(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="".join(f"{number}\n" for number in range(50_000)))
+    with unread(broker, "sub", topic, "-g", topic) as (process, output):
+        broker.lines("group", "seek", topic, topic, "--to", "49990", "--yes")
+        printed = b""
+        while not printed.endswith(b"\n49999\n"):
+            data = output.read1()
+            assert data, "it ended"
+            printed += data
+        wait_for(lambda: committed(broker, topic) == {0: 50_000})
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS_MAX) == 130
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert said.count("\n") == 1
+    assert "may be printed by another member, too" in said
+    assert b"\n40000\n" not in printed
+
+
+def test_the_end_of_a_group_is_where_all_its_members_are(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="1\n2\n")
+
+    async def other() -> None:
+        async with idemq.connect(broker.url) as mq, mq.subscribe(topic, group=topic) as sub:
+            await anext(aiter(sub))
+            with broker.popen("sub", topic, "-g", topic, "--exit-at-end") as process:
+                await asyncio.to_thread(wait_for, lambda: len(broker.json("group", "describe", topic)["members"]) == 2)
+                await sub.close()  # it leaves, and has committed nothing
+                assert process.stdout is not None
+                assert await asyncio.to_thread(process.stdout.read) == b"1\n2\n"
+                assert process.wait(SECONDS_MAX) == 0
+
+    asyncio.run(other())
+
+
+def test_the_broker_goes_and_comes_back(tmp_path: Path, free_port: int) -> None:
+    def line(process: subprocess.Popen[bytes]) -> str:
+        assert process.stderr is not None
+        return process.stderr.readline().decode()
+
+    with serving(tmp_path / "data", "--port", str(free_port)) as broker:
+        broker.lines("topic", "create", "t")
+        broker.lines("pub", "t", "one")
+        with broker.popen("sub", "t", "-g", "g", "-n", "2") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline() == b"one\n"
+            broker.process.kill()
+            broker.process.wait(SECONDS_MAX)
+            assert line(process) == "The broker does not answer: waiting for it.\n"
+            with serving(tmp_path / "data", "--port", str(free_port)) as again:
+                assert line(process) == "The broker is back.\n"
+                again.lines("pub", "t", "two")
+                assert process.stdout.readline() == b"two\n"
+                assert process.wait(SECONDS_MAX) == 0
+                assert process.stderr.read() == b""
+                assert committed(again, "g") == {0: 2}
+
+
+def test_groups_are_listed_and_described(broker: Broker, topic: str) -> None:
+    broker.lines("topic", "alter", topic, "--partitions", "2")
+    broker.lines("pub", topic, "-k", "k", "-", input="1\n2\n3\n")
+
+    async def member() -> None:
+        async with (
+            idemq.connect(broker.url, name="worker\x1b[2J") as mq,
+            mq.subscribe(topic, group=topic) as sub,
+            mq.producer() as p,
+        ):
+            message = await anext(aiter(sub))
+            async with p.transaction() as tx:
+                tx.commit_offsets(message, metadata=b"\xff")
+            await asyncio.to_thread(while_it_works, message.partition)
+
+    def while_it_works(partition: int) -> None:
+        (entry,) = [one for one in broker.json("group", "ls") if one["name"] == topic]
+        assert entry == {"name": topic, "topics": [topic], "partitions": 2, "lag": 2, "members": 1}
+        described = broker.json("group", "describe", topic)
+        (one,) = described["members"]
+        assert (one["client"], one["address"].split(":")[0]) == ("worker\x1b[2J", "127.0.0.1")
+        assert one["assigned"] == [{"topic": topic, "partition": index} for index in range(2)]
+        assert described["offsets"][partition] == {
+            "topic": topic,
+            "partition": partition,
+            "next": 1,
+            "lag": 2,
+            "attempts": 0,
+            "member": one["id"],
+            "metadata": "/w==",
+            "metadata_base64": True,
+        }
+        lines = broker.lines("group", "describe", topic)
+        assert lines[:3] == [f"name\t{topic}", "lag\t2", "members\t1"]
+        assert f"partition\t{topic}\t{partition}\t1\t2\t0\tworker\\x1b[2J\t/w==" in lines
+        assert lines[-1].split("\t")[:2] == ["member", "worker\\x1b[2J"]
+        code, shown = in_terminal(broker, "group", "describe", topic)
+        assert code == 0
+        assert "\x1b" not in shown
+        assert "held_by" in shown
+        done = broker.idemq("group", "rm", topic, "--yes")
+        assert done.returncode == errors.FAILURE
+        assert "is at work (worker\\x1b[2J): stop its members first" in done.stderr
+
+    asyncio.run(member())
+    assert f"{topic}\t{topic}\t2\t2\t0" in broker.lines("group", "ls")
+    assert broker.json("group", "describe", topic)["members"] == []
+
+
+def test_where_a_group_goes_on_is_set(broker: Broker, topic: str) -> None:
+    broker.lines("topic", "alter", topic, "--partitions", "2")
+    broker.lines("pub", topic, "-k", "k", "-", input="1\n2\n3\n")
+    (used,) = {json.loads(one)["partition"] for one in broker.lines("sub", topic, "--exit-at-end", "--json")}
+    assert len(broker.lines("sub", topic, "-g", topic, "--exit-at-end")) == 3
+    seek = ["group", "seek", topic, topic, "--to"]
+    for to, next in (("earliest", 0), ("latest", 3), ("2000-01-01", 0), ("2100-01-01", 3)):
+        before = committed(broker, topic)
+        shown = broker.json(*seek, to, "--yes")
+        assert shown == [
+            {"topic": topic, "partition": one, "before": before[one], "next": next if one == used else 0}
+            for one in range(2)
+        ]
+    assert broker.lines(*seek, "1", "--partition", str(used), "--yes") == [f"{topic}\t{used}\t3\t1"]
+    assert broker.lines("sub", topic, "-g", topic, "--exit-at-end") == ["2", "3"]
+    for refused, says in ((["4"], "ends at"), (["0", "--partition", "2"], "has partitions 0 .. 1")):
+        done = broker.idemq(*seek, *refused, "--yes")
+        assert done.returncode == errors.USAGE
+        assert says in done.stderr
+        assert committed(broker, topic)[used] == 3
+    # A group may be given its place before anybody joins it.
+    assert broker.lines("group", "seek", f"{topic}-new", topic, "--to", "2", "--partition", str(used), "--yes") == [
+        f"{topic}\t{used}\t-\t2"
+    ]
+
+
+def test_what_moves_or_forgets_a_group_asks_first(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="1\n2\n")
+    broker.lines("sub", topic, "-g", topic, "-n", "1")
+    for argv, says in (
+        (
+            ["seek", topic, topic, "--to", "latest"],
+            f"sets group {topic} to latest in topic {topic}: messages are skipped",
+        ),
+        (["rm", topic], f"forgets where group {topic} stands in {topic}, 1 messages before the end"),
+    ):
+        done = broker.idemq("group", *argv)
+        assert (done.returncode, done.stdout) == (errors.USAGE, "")
+        assert says in done.stderr
+        assert "--yes" in done.stderr
+        code, shown = in_terminal(broker, "group", *argv, typed=b"n\n")
+        assert code == errors.FAILURE
+        assert "Nothing was changed" in shown
+        assert committed(broker, topic) == {0: 1}
+        assert in_terminal(broker, "group", *argv, typed=b"y\n")[0] == 0
+        if argv[0] == "seek":
+            assert committed(broker, topic) == {0: 2}
+            broker.lines("group", "seek", topic, topic, "--to", "1", "--yes")
+    done = broker.idemq("group", "rm", topic, "--yes")
+    assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
+    assert "UNKNOWN_GROUP" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- healthcheck

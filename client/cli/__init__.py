@@ -11,7 +11,7 @@ from argparse import REMAINDER, SUPPRESS, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 
-from . import demo, probe, producer, pub, serve, sub, topic, verify
+from . import demo, group, probe, producer, pub, serve, sub, topic, verify
 from .arguments import COMMON, Command, Delegated, Parser, add_common, nearest
 from .errors import INTERRUPTED, OK, USAGE, explain
 from .output import plain
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command | Delegated] = {
         *topic.COMMANDS,
         *pub.COMMANDS,
         *sub.COMMANDS,
+        *group.COMMANDS,
         *producer.COMMANDS,
         *verify.COMMANDS,
         serve.BENCH,

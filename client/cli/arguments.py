@@ -130,6 +130,13 @@ def count(value: str) -> int:
     return int(value)
 
 
+def index(value: str) -> int:
+    """A whole number from 0 on."""
+    if not value.isascii() or not value.isdigit():
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 0 on")
+    return int(value)
+
+
 def span(value: str) -> str | float | None:
     """A length of time, `7d` or a number of seconds, as the client takes it; None for `none`."""
     if value == "none":
