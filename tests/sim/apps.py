@@ -43,6 +43,8 @@ class App:
     """One application."""
 
     named = False
+    pause_s = 0.4
+    """About so long between two turns."""
     supervised = False
     """Is another started whenever it ends?"""
 
@@ -422,7 +424,10 @@ class Sender(Sending):
         return twin
 
     def act(self, healed: bool) -> None:
-        if not self.ready() or healed or self.outstanding > OUTSTANDING_MAX:
+        if not self.ready():
+            return
+        if healed or self.outstanding > OUTSTANDING_MAX:
+            self.over = self.outstanding == 0
             return
         rng = self.rng
         chance = rng.random()
@@ -480,7 +485,7 @@ class Follower(App):
             return
         ranges = [wire.Range(*key, at) for key, at in self.positions.items()]
         wait_ms = rng.choice((0, 0, 100, 1500))
-        request = wire.Fetch(ranges, rng.choice((1, 300, 1 << 20)), wait_ms)
+        request = wire.Fetch(ranges, rng.choice((1 << 20,) if healed else (1, 300, 1 << 20)), wait_ms)
         self.ask(request, lambda answer: self._fetched(ranges, answer))
 
     def _fetched(self, ranges: list[wire.Range], answer: Any) -> None:
@@ -569,10 +574,28 @@ def admin(world: World, process: Process) -> None:
         if rows:
             row = rng.choice(rows)
             ask(wire.DeleteProducer(row.producer_id, row.epoch - rng.choice((0, 0, 0, 1)) or 1))
-    elif chance < 0.74:
+    elif chance < 0.7:
         ask(wire.Metadata(None))
         ask(wire.Producers(None))
+    elif chance < 0.78:
+        group = rng.choice(("worker", "mover"))
+        if rng.random() < 0.3:
+            ask(wire.Members(None))
+
+        def listed(answer: Any) -> None:
+            if type(answer) is wire.OffsetsAre and answer.offsets and not world.healed:
+                entry = rng.choice(answer.offsets)
+                to = rng.randint(0, entry.next)
+                for turn in range(rng.choice((1, 1, 2))):  # the second of two races with the first
+                    nonce = f"n{world.operations} {turn}"
+                    seek = wire.Seek(entry.group, entry.topic_id, entry.partition, nonce, entry.lease, to)
+                    session.call(world.now, seek, Called(_settled), world.now + 4.0)
+
+        world.operations += 1
+        session.call(now, wire.Offsets(group), Called(listed), now + 4.0)
     elif chance < 0.8 and topics:
+        ask(wire.DeleteOffsets(rng.choice(("worker", "mover", "spare")), rng.choice(topics).topic_id))
+    elif chance < 0.86 and topics:
         ask(wire.OffsetAt(topics[0].topic_id, 0, int((world.wall_s + now) * 1000) - rng.randint(0, 3000)))
     else:
         ask(wire.Ping())
@@ -596,7 +619,7 @@ def probe(world: World) -> None:
         append = wire.Append(wrong.get("topic", topic_id), wrong.get("partition", 0), len(batch))
         world.probe(wire.Commit(producer_id, epoch, prev, last, [append], wrong.get("offsets", []), None), batch)
 
-    kind = rng.randrange(16)
+    kind = rng.randrange(17)
     here, epoch, far = row.producer_id, row.epoch, 10**6
     if kind == 0:
         commit(here, epoch, far, far + 1)
@@ -643,6 +666,9 @@ def probe(world: World) -> None:
         world.probe(
             rng.choice((wire.DeleteProducer(far, 1), wire.Seek("g", far, 0, "nonce", 0, 0), wire.OffsetAt(far, 0, 0)))
         )
+    elif kind == 15:
+        world.oracle.starts.setdefault("spare", []).append((0, 0))
+        world.probe(wire.Heartbeat("spare", "a", rng.choice(([topic_id], [topic_id], [])), [], 0, 0))
     else:
         requests = (wire.Hello(wire.VERSION, "again"), wire.Open(f"nobody{rng.randrange(99)}", "p", far), wire.Pong(1))
         world.probe(rng.choice(requests))

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply, Space
-from idemq.broker.groups import OffsetKey
+from idemq.broker.groups import ConsumerGroup, Member, OffsetKey
 from idemq.client import wire
 from idemq.client.errors import OutcomeUnknown, StoreReplaced
 from idemq.client.pipeline import Pending
@@ -23,15 +23,24 @@ EACH_AT_LEAST = 20
 class WatchedCore(Core):
     """A core that is looked at."""
 
+    _free: list[bool]
+
     def step(self, now: Now, connection: Connection, correlation: int, request: Any, payload: bytes) -> Output | None:
         kind = type(request)
         before: Any = None
+        waited = False
         if kind is wire.Open:
             before = self._producer_named(request.name)
         elif kind is wire.Commit:
             before = self._producer(request.producer_id) if request.producer_id else None
+            rows = [self._offset(OffsetKey(one.group, *one[1:3])) for one in request.offsets]
+            self._free = [row is not None and not row.session for row in rows]
         elif kind is wire.Seek:
             before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
+        elif kind is wire.Heartbeat:
+            known = self._groups.get(request.group)
+            member = None if known is None else known.members.get(request.member)
+            waited = member is not None and member.waiting is not None
         elif kind is wire.CreateTopic:
             before = self._topic_ids.get(request.name)
         elif kind is wire.DeleteTopic:
@@ -40,6 +49,8 @@ class WatchedCore(Core):
             before = self._producer(request.producer_id)
         output = super().step(now, connection, correlation, request, payload)
         name = kind.__name__
+        if waited:
+            COUNTS["core: a waiting Heartbeat is answered by a newer one"] += 1
         if output is None:
             group = self._building
             where = "the group being built"
@@ -84,6 +95,9 @@ class WatchedCore(Core):
                 COUNTS["core: Commit of appends and offsets"] += bool(request.appends and request.offsets)
                 COUNTS["core: Commit of offsets only"] += bool(request.offsets and not request.appends)
                 COUNTS["core: Commit with a token"] += request.token is not None
+                COUNTS["core: Commit of an attempt"] += any(one.attempts for one in request.offsets)
+                COUNTS["core: Commit moves several positions"] += len(request.offsets) > 1
+                COUNTS["core: Commit under a lease that was given back or expired"] += any(self._free)
             COUNTS[f"core: Commit {what}"] += 1
         elif type(message) is wire.Opened:
             what = "creates" if before is None else "is repeated" if before.epoch == message.epoch else "takes over"
@@ -91,12 +105,53 @@ class WatchedCore(Core):
         elif type(message) is wire.Sought:
             what = "creates" if before is None else "is repeated" if before.lease == message.lease else "applied"
             COUNTS[f"core: Seek {what}"] += 1
+        elif type(message) is wire.Assignment:
+            self._count_assignment(message)
+            COUNTS["core: Heartbeat leaves"] += not request.topics
         elif name == "CreateTopic":
             COUNTS[f"core: CreateTopic {'creates' if before is None else 'finds'}"] += 1
         elif name in ("DeleteTopic", "DeleteProducer"):
             COUNTS[f"core: {name} {'repeated' if before is None else 'deletes'}"] += 1
         else:
             COUNTS[f"core: {name} answered"] += 1
+
+    def _count_assignment(self, answer: wire.Assignment) -> None:
+        for what in ("leases", "revoked", "lost"):
+            COUNTS[f"core: Heartbeat is told of {what}"] += bool(getattr(answer, what))
+        COUNTS["core: Heartbeat is told nothing"] += answer[:3] == ([], [], [])
+
+    def _answer_heartbeat(self, member: Member, answer: Any) -> None:
+        if type(answer) is wire.Assignment:
+            self._count_assignment(answer)
+            COUNTS["core: a waiting Heartbeat is told something"] += answer[:3] != ([], [], [])
+        else:
+            COUNTS[f"core: a waiting Heartbeat is told {answer.code}"] += 1
+        super()._answer_heartbeat(member, answer)
+
+    def _returning(self, *arguments: Any) -> Any:
+        rows = super()._returning(*arguments)
+        COUNTS["core: a member comes back and holds what it held"] += bool(rows)
+        return rows
+
+    def _watch_members(self, now: Now) -> None:
+        for group in self._groups.values():
+            for member in group.members.values():
+                late = any(until_ms <= now.mono_ms for until_ms in member.releasing.values())
+                COUNTS["core: a partition is taken that was not given back"] += late
+                if member.waiting is not None:
+                    COUNTS["core: a waiting Heartbeat is over"] += member.waiting.deadline_ms <= now.mono_ms
+        super()._watch_members(now)
+
+    def _end_uncleanly(self, name: str, group: ConsumerGroup, member: Member) -> None:
+        held = [OffsetKey(name, *key) for key in member.held]
+        before = [self._offset(key) for key in held]
+        super()._end_uncleanly(name, group, member)
+        COUNTS["core: a member is gone"] += 1
+        COUNTS["core: a member is gone that never came back to this broker"] += member.in_hand_max is None
+        COUNTS["core: messages are suspected"] += any(
+            row is not None and old is not None and row.suspects_end > old.suspects_end
+            for row, old in zip([self._offset(key) for key in held], before, strict=True)
+        )
 
     def begin(self) -> Group | None:
         group = super().begin()
@@ -237,6 +292,9 @@ class WatchedWorld(World):
         COUNTS["operations"] += self.operations
         for kind, count in self.kinds.items():
             COUNTS[f"fault: {kind}"] += count
+
+    def count(self, what: str) -> None:
+        COUNTS[what] += 1
 
     def _group_failed(self) -> None:
         COUNTS["world: a group fails"] += 1

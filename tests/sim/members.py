@@ -32,9 +32,10 @@ FETCH_BYTES = 300
 class Place:
     """A partition that a member holds."""
 
-    __slots__ = ("attempts", "is_revoked", "key", "lease", "next", "suspects_end", "tried_at")
+    __slots__ = ("attempts", "granted_at", "is_revoked", "key", "lease", "next", "suspects_end", "tried_at")
 
-    def __init__(self, lease: wire.Lease) -> None:
+    def __init__(self, lease: wire.Lease, now: float) -> None:
+        self.granted_at = now
         self.key = TopicPartition(lease.topic_id, lease.partition)
         self.lease = lease.lease
         self.next = lease.next
@@ -61,6 +62,7 @@ class Member(App):
     """One subscription."""
 
     supervised = True
+    pause_s = 0.2
     group = ""
     promises = False
     """Are its attempts counted?"""
@@ -121,7 +123,7 @@ class Member(App):
             self.leave()
         elif not healed and self.places and self.rng.random() < 0.02:
             self._seek(self.rng.choice(list(self.places.values())))
-        elif not healed or not self.is_caught_up():
+        else:
             self._fetch()
 
     def _topic(self, name: str) -> Any:
@@ -178,7 +180,7 @@ class Member(App):
         for key in changes.lost:
             self.places.pop(key, None)
         for lease in changes.granted:
-            place = Place(lease)
+            place = Place(lease, self.world.now)
             self.places[place.key] = place
         for key in changes.revoked:
             if key in self.places:
@@ -230,12 +232,16 @@ class Member(App):
             now = self.places.get(place.key)
             if now is not None and now.lease < answer.lease:
                 membership.sought(place.key, answer.lease)
-                self.places[place.key] = Place(wire.Lease(*place.key, answer.lease, answer.next, 0, 0, None))
+                lease = wire.Lease(*place.key, answer.lease, answer.next, 0, 0, None)
+                self.places[place.key] = Place(lease, self.world.now)
 
     # ------------------------------------------------------------------------------------------------ handling
 
     def _fetch(self) -> None:
         places = [place for place in self.places.values() if not place.is_revoked]
+        if self.world.healed:  # to look where nothing is takes only time
+            logs = self.world.oracle.life.logs
+            places = [place for place in places if place.next < len(logs.get(place.key, ()))]
         suspects = [place for place in places if self.is_suspect(place)]
         if suspects and self.rng.random() < 0.7:
             places = [self.rng.choice(suspects)]
@@ -298,6 +304,9 @@ class Member(App):
             return
         lost = False
         for place, _, end in block.moves:
+            if answer is not None and place.granted_at < self.process.asleep_until < self.world.now:
+                what = answer.code if isinstance(answer, IdemqError) else "it is done"
+                self.world.count(f"member: commits after it slept, {what}")
             if self.places.get(place.key) is not place:
                 continue
             if isinstance(answer, IdemqError):
@@ -311,6 +320,12 @@ class Member(App):
                 place.next, place.attempts = end, 0
         if self._give_back() or lost:
             self.beat()
+        self.world.after(0.01, self.world.turn, self.process, self._go_on)
+
+    def _go_on(self) -> None:
+        """What a loop does after a block: the next one."""
+        if self.membership is not None and not (self.busy or self.over or self.stopping or self.renewing):
+            self._fetch()
 
 
 class Worker(Sending, Member):
@@ -333,14 +348,16 @@ class Worker(Sending, Member):
         return place.next < place.suspects_end or place.attempts > 0
 
     def handle(self, block: Block) -> None:
-        place = block.moves[0][0]
+        world, place = self.world, block.moves[0][0]
         if not block.messages or not self.is_suspect(place):
             self._begin(block)
-        elif place.attempts >= self.world.oracle.attempts_max and place.tried_at != place.next:
+        elif place.attempts >= world.oracle.attempts_max and place.tried_at != place.next:
             block.is_dead_letter = True
+            world.count("member: moves past what kills it")
             self._finish(block)
         elif place.next < place.suspects_end and place.tried_at != place.next:
             # Stored before it begins: whoever kills its worker now is counted, and nobody else is.
+            world.oracle.handles(self.member, block.messages)
             attempt = wire.Offset(
                 self.group, *place.key, place.lease, place.next, place.next, attempts=place.attempts + 1
             )
@@ -361,11 +378,12 @@ class Worker(Sending, Member):
     def _begin(self, block: Block) -> None:
         world = self.world
         world.oracle.handles(self.member, block.messages)
-        seconds = self.rng.choice((0.0, 0.0, 0.1, 0.4, 1.0)) * self.rng.random()
+        seconds = self.rng.random() * (0.02 if world.healed else self.rng.choice((0.0, 0.0, 0.1, 0.4, 1.0)))
         life = world.oracle.lives[self.session.incarnation]
         numbers = [life.logs[key.topic_id, key.partition][offset] for key, offset in block.messages]
         if any(world.is_poison(number) for number in numbers):
             world.note(f"{self} handles what kills it")
+            world.count("member: dies of what it handles")
             world.after(seconds, world.turn, self.process, partial(world.die, self.process))
         else:
             world.after(seconds, world.turn, self.process, partial(self._finish, block))
@@ -382,6 +400,7 @@ class Worker(Sending, Member):
         # A second run of a block whose outcome comes late: it must be refused, or it is the first.
         block = what.block if isinstance(what, Transaction) else None
         if block is not None and self.block is block and self.rng.random() < 0.5:
+            self.world.count("member: a second run while the outcome of the first is unknown")
             self.block = None
             self.busy = False
 

@@ -215,7 +215,8 @@ class Oracle:
         self.in_hand: dict[str, list[Input]] = {}
         """Member -> what it handles just now."""
         self.interrupted: Counter[tuple[bytes, Input]] = Counter()
-        """How often the handling of one message, with no other in the same hands, had no end."""
+        """How often the handling of one message, with no other in the same hands, came to no end: its process died or
+        hung, or lost the lease, or could not learn that its attempt was stored."""
         self.is_poison: Callable[[int], bool] = lambda number: False
         self.tokens: dict[bytes, Transaction] = {}
         self.asked_at: dict[str, float] = {}

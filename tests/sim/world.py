@@ -112,10 +112,10 @@ class World:
         self.in_flight = rng.choice((1, 3, 8, 16))
         self.linger_s = rng.choice((0.0, 0.0, 0.02))
         self.timeout_s = rng.choice((1.0, 5.0, 30.0))
-        self.member_timeout_ms = rng.choice((500, 1_000, 4_000))
-        self.release_ms_max = rng.choice((100, 500, 4_000))
+        self.member_timeout_ms = rng.choice((300, 700, 2_000))
+        self.release_ms_max = rng.choice((50, 300, 2_000))
         self.in_hand_max = rng.choice((1, 2, 4))
-        self.poison_every = rng.choice((0, 30, 60))
+        self.poison_every = rng.choice((0, 60, 120))
 
         self.incarnations = 1
         self.store = MemoryStore(b"store-%d" % self.incarnations)
@@ -170,6 +170,9 @@ class World:
     def clock(self) -> Now:
         """The broker's clocks."""
         return Now(int(self.now * 1000) + 1, int((self.wall_s + self.now) * 1000))
+
+    def count(self, what: str) -> None:
+        """For coverage: this happened."""
 
     def note(self, text: str) -> None:
         """A line of the trace."""
@@ -261,7 +264,7 @@ class World:
             return
         app.act(self.healed)
         self.pump(process)
-        self.after((0.1 if self.healed else 0.05) + self.random() * 0.25, self.act, process, app)
+        self.after(app.pause_s * (0.2 + self.random()), self.act, process, app)
 
     def pump(self, process: Process) -> None:
         """Do what the session says: the shell of a client."""
@@ -283,6 +286,8 @@ class World:
                 self.after(self.latency_s * (1 + self.random()), self._dialled, process, None)
             for waiter, value in completions:
                 waiter.settled(value)
+            if not (completions or cut):
+                break
         if session.wake_at < process.timer_at:
             process.timer_at = session.wake_at
             self.at(max(session.wake_at, self.now), self._timer, process, session.wake_at)
@@ -487,8 +492,8 @@ class World:
             rows_cached_max=3,
             clock_pause_ms=2_000,
             remembered=self.remember,
-            member_timeout_ms=2_000 if healed else self.member_timeout_ms,
-            release_ms_max=3_000 if healed else self.release_ms_max,
+            member_timeout_ms=400 if healed else self.member_timeout_ms,
+            release_ms_max=2_000 if healed else self.release_ms_max,
         )
 
     def _new_core(self) -> Core:
@@ -506,7 +511,7 @@ class World:
         due = self.now + 0.5
         if self.up:
             due_ms, outputs = self.core.tick(self.clock())
-            due = min(due, due_ms / 1000)
+            due = max(min(due, due_ms / 1000), self.now + (0.001 if self.group is None else 0.02))
             if outputs:
                 self._output(outputs)
             if (
@@ -516,7 +521,7 @@ class World:
             ):
                 self.beginning = True
                 self.after(0.0, self._begin, None, None)
-        self.at(max(due, self.now + 0.001), self._ticks, None, None)
+        self.at(due, self._ticks, None, None)
 
     def _begin(self, _one: None, _two: None) -> None:
         self.beginning = False
@@ -684,13 +689,13 @@ class World:
     def _fault_hang(self) -> bool:
         """A process does nothing for longer than a member may be silent; its connection stays."""
         process = self.rng.choice(self.processes)
-        process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.5 + self.random())
+        process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
         return True
 
     def _fault_cutoff(self) -> bool:
         """A process reaches nobody for a while, and goes on as if nothing were."""
         process = self.rng.choice(self.processes)
-        process.cut_off_until = self.now + self.member_timeout_ms / 1000 * (0.5 + self.random())
+        process.cut_off_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
         link = process.link
         if link is not None:
             link.down_kept = min(link.down_kept, link.down_count)
@@ -856,6 +861,8 @@ class World:
         """No more faults; whoever is gone comes back."""
         self.note("healed")
         self.healed = True
+        # Nothing is left to race with: what remains takes less time.
+        self.latency_s, self.disk_s = 0.001, 0.002
         self._fill(False)
         if self.up:
             self._down()
