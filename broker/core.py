@@ -251,6 +251,14 @@ class _Waiter:
 _ANSWERED = wire.Fetch([], 1, 0)
 
 
+class GroupFigures(NamedTuple):
+    """What there is to watch of a group."""
+
+    members: int
+    behind: dict[str, int]
+    """Topic -> messages stored behind the group's positions."""
+
+
 class _Waiting(NamedTuple):
     """A heartbeat that waits for something to change."""
 
@@ -329,6 +337,22 @@ class Core:
     def connections(self) -> int:
         """How many are open."""
         return self._connection_count
+
+    @property
+    def groups(self) -> dict[str, GroupFigures]:
+        """What there is to watch of each group that has members, from what is in memory."""
+        figures: dict[str, GroupFigures] = {}
+        for name, group in sorted(self._groups.items()):
+            behind: dict[str, int] = {}
+            for topic in filter(None, map(self._topic, sorted(group.topics))):
+                behind[topic.name] = 0
+                for index in range(len(topic.floors)):
+                    row = self._offsets.get(OffsetKey(name, topic.topic_id, index))
+                    partition = self._partitions.get((topic.topic_id, index))
+                    if row is not None and partition is not None:
+                        behind[topic.name] += partition.durable_next - min(row.next, partition.durable_next)
+            figures[name] = GroupFigures(sum(member.heard for member in group.members.values()), behind)
+        return figures
 
     @property
     def building_bytes(self) -> int:
@@ -1013,7 +1037,7 @@ class Core:
                 (name, member.name, member)
                 for name, group in self._groups.items()
                 for member in group.members.values()
-                if request.group in (None, name) and (name, member.name) > behind and member.in_hand_max is not None
+                if request.group in (None, name) and (name, member.name) > behind and member.heard
             ],
             key=lambda one: one[:2],
         )

@@ -133,7 +133,7 @@ class Member:
         self.address = ""
         self.topics: frozenset[int] = frozenset()
         self.in_hand_max: int | None = None
-        """Its promise. None: known from the rows alone, and not heard of since this broker started."""
+        """Its promise; None while it is not heard of."""
         self.held: dict[TopicPartition, int] = {}
         """Partition -> lease. The rows of these name this member, and no others do."""
         self.targets: dict[TopicPartition, None] = {}
@@ -143,6 +143,11 @@ class Member:
         self.seen_ms = seen_ms
         self.waiting: Any = None
         """Its heartbeat that waits for something to change; the core's."""
+
+    @property
+    def heard(self) -> bool:
+        """Has it reported to this broker, or is it known from the rows alone?"""
+        return self.in_hand_max is not None
 
 
 class ConsumerGroup:

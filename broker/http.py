@@ -160,6 +160,7 @@ def status(server: Server) -> dict[str, Any]:
         "store_bytes_max": server.config.store_bytes_max,
         "disk_bytes": space.disk_bytes,
         "txn_id": space.txn_id,
+        "groups": {name: figures._asdict() for name, figures in server.core.groups.items()},
     }
 
 
@@ -199,6 +200,18 @@ def metrics(server: Server) -> str:
         "# TYPE idemq_refusals_total counter",
     ]
     lines += [f'idemq_refusals_total{{code="{code}"}} {count}' for code, count in figures["refusals"].items()]
+    groups = {_quoted(name): group for name, group in figures["groups"].items()}
+    lines += ["# HELP idemq_group_members Members of a consumer group.", "# TYPE idemq_group_members gauge"]
+    lines += [f"idemq_group_members{{group={name}}} {group['members']}" for name, group in groups.items()]
+    lines += [
+        "# HELP idemq_group_behind Messages stored behind the positions of a consumer group that has members.",
+        "# TYPE idemq_group_behind gauge",
+    ]
+    lines += [
+        f"idemq_group_behind{{group={name},topic={_quoted(topic)}}} {behind}"
+        for name, group in groups.items()
+        for topic, behind in group["behind"].items()
+    ]
     for name, kind, about, key in _METRICS:
         lines += [f"# HELP idemq_{name} {about}", f"# TYPE idemq_{name} {kind}", f"idemq_{name} {figures[key]}"]
     counts = server.counts
@@ -215,6 +228,11 @@ def metrics(server: Server) -> str:
         f"idemq_group_commit_seconds_count {counts.group_commits}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(label: str) -> str:
+    escaped = label.replace("\\", r"\\").replace('"', r"\"")
+    return f'"{escaped}"'
 
 
 def _metrics(server: Server) -> tuple[str, str]:

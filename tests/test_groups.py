@@ -285,6 +285,19 @@ def test_what_is_not_given_back_in_time_is_taken() -> None:
     assert cluster.row(*moving) == OffsetRow(0, lease.lease, "b", None, one.leases[moving].lease, 0)
 
 
+def test_who_else_joins_gives_nobody_more_time() -> None:
+    cluster = Cluster(release_ms_max=1000)
+    topic_id = cluster.make_topic(2)
+    one, two, three = (Worker(cluster, name, topic_id) for name in "abc")
+    one.beat()
+    two.beat()
+    [moving] = one.beat().revoked
+    cluster.wait(600)
+    three.beat()
+    cluster.wait(600)
+    assert cluster.row(*moving).session == ""
+
+
 def test_what_was_taken_by_force_is_not_taken_back() -> None:
     cluster = Cluster(release_ms_max=500)
     topic_id = cluster.make_topic(2)
@@ -812,8 +825,10 @@ def test_its_holder_seeks_and_goes_on_holding() -> None:
     assert cluster.row(topic_id) == OffsetRow(2, sought.lease, "a", None, old, 6, sought_by="nonce")
     assert cluster.ask(worker.connection, request) == sought, "the same one again, its answer was lost"
     assert worker.commit(topic_id, 7, 6).details["next"] == 6, "the lease before ended there"
-    assert parked not in cluster.answers, "it knows what it set itself"
     worker.membership.sought(key, sought.lease)
+    cluster.admin_asks(wire.AlterTopic(topic_id, 2, wire.Settings()))
+    changes = worker.told(parked)
+    assert (changes.lost, [lease.partition for lease in changes.granted]) == ([], [1]), "it knows what it set itself"
     assert worker.beat() == Changes([], [], [])
     worker.leases[key] = worker.leases[key]._replace(lease=sought.lease)
     assert worker.commit(topic_id, 3, 2) == STORED

@@ -708,6 +708,12 @@ def test_pages() -> None:
         client.call(*client.commit(0))
         client.call(*client.commit(0))
         assert client.call(PurgeTopic(77, [0])).code == Code.UNKNOWN_TOPIC
+        name = 'the "g\\roup"'
+        joined = client.call(wire.Heartbeat(name, "m", [client.topic_id], []))
+        offset = wire.Offset(name, client.topic_id, 0, joined.leases[0].lease, 0, 1)
+        client.call(wire.Commit(0, 0, -1, 0, [], [offset]))
+        for seq in (1, 2):
+            client.call(*client.commit(seq))
         assert running.get("/healthz")[::2] == (200, b"ok\n")
         assert running.get("/readyz")[::2] == (200, b"ready\n")
         code, fields, body = running.get("/api/status?x=1")
@@ -715,27 +721,30 @@ def test_pages() -> None:
         status = json.loads(body)
         expected = {
             "connections": 1,
-            "commits": 2,
+            "commits": 5,
             "duplicates": 1,
-            "records": 1,
-            "batches": 1,
+            "records": 3,
+            "batches": 3,
             "refusals": {"UNKNOWN_TOPIC": 1},
-            "group_commits": 3,
-            "txn_id": 3,
+            "group_commits": 7,
+            "txn_id": 7,
             "alarm": "",
             "ready": True,
+            "groups": {name: {"members": 1, "behind": {"t": 2}}},
         }
         assert {key: status[key] for key in expected} == expected
         code, fields, body = running.get("/metrics")
         assert (code, fields["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
         lines = body.decode().splitlines()
         for line in (
-            "idemq_commits_total 2",
+            "idemq_commits_total 5",
             "idemq_duplicates_total 1",
-            "idemq_records_total 1",
+            "idemq_records_total 3",
+            r'idemq_group_members{group="the \"g\\roup\""} 1',
+            r'idemq_group_behind{group="the \"g\\roup\"",topic="t"} 2',
             'idemq_refusals_total{code="UNKNOWN_TOPIC"} 1',
-            "idemq_group_commit_seconds_count 3",
-            'idemq_group_commit_seconds_bucket{le="+Inf"} 3',
+            "idemq_group_commit_seconds_count 7",
+            'idemq_group_commit_seconds_bucket{le="+Inf"} 7',
             "idemq_alarm 0",
         ):
             assert line in lines
