@@ -384,7 +384,11 @@ class _Peer(asyncio.Protocol):
         if self._transport.is_closing() or self in server.lingering:
             return
         self._leave()
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # the peer is gone, which we are about to be told
+            self._transport.abort()
+            return
         self._receive(True)  # and drop what comes: closing with unread bytes would reset the peer
         server.linger(self)
 

@@ -221,7 +221,6 @@ class GroupConsumer:
         if self._member is not None:
             with suppress(IdemqError):  # of a broker that is gone the user hears from what he asks for
                 await self._member.leave(min(LEAVE_S, self._timeout))
-            self._member = None
 
     def promise(self, in_hand_max: int) -> None:
         """So many messages of a partition are in hand at once, at most; 0: as many as the user likes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from typing import Any
@@ -528,6 +529,8 @@ async def test_a_seek_is_stored_and_what_was_in_hand_cannot_be_committed() -> No
         await sub.commit(again)
         assert await positions(mq) == {("t", 0): 5}
         assert told == [], "it goes on holding the partition"
+        member: Any = sub._group._member  # type: ignore[union-attr]
+        assert [held.lease for held in member._membership.held.values()] == [again[0].lease]
         for topic, index in (("t", 1), ("none", 0)):
             with pytest.raises(idemq.InvalidRequest, match="not read here"):
                 await sub.seek(topic, index, 0)
@@ -618,3 +621,18 @@ async def test_a_topic_that_is_deleted_ends_its_members() -> None:
         await mq.delete_topic("u")
         with pytest.raises(idemq.UnknownTopic):
             await take(sub, 1)
+
+
+@run
+async def test_a_broker_that_ends_does_not_mind_a_peer_that_is_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system may say so only when our half of the connection is ended, before it says that the peer's is."""
+
+    def not_connected(_: Any) -> None:
+        raise OSError(errno.ENOTCONN, "not connected")
+
+    async with world() as (b, mq):
+        [peer] = b.server._peers.values()
+        monkeypatch.setattr(type(peer._transport), "write_eof", not_connected)
+        await b.stop()
+        await b.start()
+        assert await mq.ping()
