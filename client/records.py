@@ -26,6 +26,8 @@ BODY_BYTES_MAX = 64 << 20
 """What a compressed body may grow to: four times what a commit holds."""
 RECORD_BYTES = 16
 """What a record adds to a batch beside its value, key and headers, about."""
+OUR_HEADERS = "idemq-"
+"""How the names of headers begin that are ours, not the user's."""
 _UID_PRODUCER = Struct(">QQ")
 _UID_LOG = Struct(">QIQ")
 
@@ -67,7 +69,10 @@ def _no_bytes(what: str, value: object) -> InvalidRequest:
 
 
 def check_record(value: Any, key: Any, headers: Any) -> int:
-    """The size of a record in bytes. Raises InvalidRequest for wrong types, MessageTooLarge beyond the limit."""
+    """The size of a record in bytes. Raises InvalidRequest for wrong types, MessageTooLarge beyond the limit.
+
+    Headers of our own do not count for the limit: a message of the largest size, too, can become a dead letter.
+    """
     if type(value) is not bytes:
         raise _no_bytes("a value", value)
     size = len(value)
@@ -82,7 +87,7 @@ def check_record(value: Any, key: Any, headers: Any) -> int:
             if type(name) is not str or type(item) is not bytes:
                 raise InvalidRequest("headers map text to bytes")
             try:
-                size += len(name.encode()) + len(item) + 10
+                size += 0 if name.startswith(OUR_HEADERS) else len(name.encode()) + len(item) + 10
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"a header's name is no text: {error}") from None
     if size > wire.MESSAGE_BYTES_MAX:
@@ -140,7 +145,8 @@ class Delivery:
 
     def attempt(self, offset: int) -> int:
         """Which delivery this may be, counted from 1."""
-        return 1 + (self.attempts if offset == self.head else 0) + (offset < self.suspects_end)
+        # A suspect's attempts are counted before they begin, this one among them.
+        return 1 + max(self.attempts if offset == self.head else 0, int(offset < self.suspects_end))
 
 
 UNLEASED = Delivery(0, 0, 0, 0)
