@@ -29,7 +29,7 @@ class Cluster(CoreBroker):
     """A core whose answers are kept until somebody asks for them."""
 
     def __init__(self, **limits: int) -> None:
-        super().__init__(**limits)
+        super().__init__(None, **limits)
         self.limits = Limits(**limits)
         self.answers: dict[int, Any] = {}
         self.admin = self.connect()
