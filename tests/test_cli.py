@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -25,9 +26,11 @@ from typing import Any
 import pytest
 
 import idemq
-from idemq.client.cli import COMMANDS, errors, main, output, reach
+from idemq.client.cli import COMMANDS, errors, main, output, reach, sub
 from idemq.client.connection import Address
 from idemq.client.wire import ADMIN_TOKEN_FILE
+
+from .support import eventually, run
 
 pytestmark = pytest.mark.process
 
@@ -822,7 +825,7 @@ def test_what_was_not_printed_is_not_committed(broker: Broker, topic: str) -> No
         assert process.stderr is not None
         assert (process.stderr.read(), process.wait(SECONDS_MAX)) == (b"", 0)
     assert committed(broker, topic) == {0: 0}
-    # A reader that takes its time: the process is not stuck in writing, so that heartbeats are sent and Ctrl-C works.
+    # Ctrl-C while its reader takes its time.
     with unread(broker, "sub", topic, "-g", topic) as (process, output):
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS_MAX) == 130
@@ -830,6 +833,21 @@ def test_what_was_not_printed_is_not_committed(broker: Broker, topic: str) -> No
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert 0 < committed(broker, topic)[0] <= printed < 100_000
+
+
+@run
+async def test_a_reader_that_takes_its_time_does_not_hold_up_heartbeats() -> None:
+    reading, writing = os.pipe()
+    data = os.urandom(1 << 20)
+    printing = asyncio.create_task(sub._write(writing, data))
+    await eventually(lambda: not select.select([], [writing], [], 0)[1])
+    for _ in range(3):
+        await asyncio.sleep(0.01)  # others have their turn
+        assert not printing.done()
+    with os.fdopen(reading, "rb") as output:
+        assert await asyncio.to_thread(output.read, len(data)) == data
+    await printing
+    os.close(writing)
 
 
 def test_printed_and_then_sought_elsewhere_is_told_and_printed_again(broker: Broker, topic: str) -> None:
@@ -868,27 +886,26 @@ def test_the_end_of_a_group_is_where_all_its_members_are(broker: Broker, topic: 
 
 
 def test_the_broker_goes_and_comes_back(tmp_path: Path, free_port: int) -> None:
-    def line(process: subprocess.Popen[bytes]) -> str:
+    def line() -> str:
         assert process.stderr is not None
         return process.stderr.readline().decode()
 
     with serving(tmp_path / "data", "--port", str(free_port)) as broker:
         broker.lines("topic", "create", "t")
-        broker.lines("pub", "t", "one")
-        with broker.popen("sub", "t", "-g", "g", "-n", "2") as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            assert process.stdout.readline() == b"one\n"
+        broker.lines("pub", "t", input="y\n" * 50_000)
+        reads = ["sub", "t", "-g", "g", "--timeout", "1"]
+        with unread(broker, *reads, "-n", "50001") as (process, output), ThreadPoolExecutor(1) as thread:
             broker.process.kill()
             broker.process.wait(SECONDS_MAX)
-            assert line(process) == "The broker does not answer: waiting for it.\n"
+            printed = thread.submit(output.read)  # there is something to be committed, and nobody to take it
+            assert line() == "The broker does not answer: waiting for it.\n"
             with serving(tmp_path / "data", "--port", str(free_port)) as again:
-                assert line(process) == "The broker is back.\n"
-                again.lines("pub", "t", "two")
-                assert process.stdout.readline() == b"two\n"
+                assert line() == "The broker is back.\n"
+                again.lines("pub", "t", "late")
                 assert process.wait(SECONDS_MAX) == 0
-                assert process.stderr.read() == b""
-                assert committed(again, "g") == {0: 2}
+                assert printed.result() == b"y\n" * 50_000 + b"late\n"
+                assert line() == ""
+                assert committed(again, "g") == {0: 50_001}
 
 
 def test_groups_are_listed_and_described(broker: Broker, topic: str) -> None:
