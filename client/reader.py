@@ -19,6 +19,8 @@ from .wire import APPENDS_MAX, FETCH_BYTES_MAX, Code, TopicPartition
 
 FETCH_BYTES = 1 << 20
 """What one fetch asks for."""
+BATCH_BYTES = 512
+"""What a batch that is read ahead takes in memory beside its body: many hold a single message."""
 FETCH_WAIT_S = 5.0
 """How long the broker keeps a fetch that finds nothing."""
 FETCH_TURN_WAIT_S = 0.1
@@ -158,10 +160,19 @@ class Reader:
         while (
             not self.stopping
             and not (self._failed or self._error)
-            and sum(stop - start for one in self.ready for _, start, stop in one.pieces) < wanted
+            and not self._holds(wanted)
             and await self.change(deadline)
         ):
             pass
+
+    def _holds(self, wanted: int) -> bool:
+        """Is there so much to hand out? Looks at no more pieces than that takes: many small ones may be there."""
+        for one in self.ready:
+            for _, start, stop in one.pieces:
+                wanted -= stop - start
+                if wanted <= 0:
+                    return True
+        return False
 
     def take(self, wanted: int) -> Piece:
         """Hand out messages of the partition whose turn it is: of its first piece, and no more than `wanted`."""
@@ -215,8 +226,8 @@ class Reader:
     # ------------------------------------------------------------------------------------------------- fetching
 
     def _free(self, one: Reading, stored: StoredBatch) -> None:
-        one.bytes -= stored.header.body_length
-        self._buffered_bytes -= stored.header.body_length
+        one.bytes -= stored.header.body_length + BATCH_BYTES
+        self._buffered_bytes -= stored.header.body_length + BATCH_BYTES
         self._room.set()
 
     def _drop(self, one: Reading) -> None:
@@ -279,8 +290,8 @@ class Reader:
             if not one.pieces:
                 self.ready.append(one)
             one.pieces.append((stored, start, count))
-            one.bytes += stored.header.body_length
-            self._buffered_bytes += stored.header.body_length
+            one.bytes += stored.header.body_length + BATCH_BYTES
+            self._buffered_bytes += stored.header.body_length + BATCH_BYTES
             one.position = offset + count
         if part.batches:
             self._changed.set()

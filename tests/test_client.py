@@ -938,6 +938,20 @@ async def test_prefetch_is_bounded_and_nothing_is_lost() -> None:
 
 
 @run
+async def test_what_is_read_ahead_counts_as_what_it_takes_in_memory() -> None:
+    async with broker() as b, idemq.connect(b.url) as mq, mq.producer(batch_bytes=1) as p:
+        await mq.create_topic("t")
+        await p.send_many("t", [b"x"] * 1000)
+        async with mq.subscribe("t", prefetch_bytes=20_000) as sub:
+            await eventually(lambda: sub._reader._buffered_bytes >= 20_000)
+            for _ in range(20):
+                await mq.ping()  # time for many more fetches
+            # One fetch, of 20,000 bytes as they are stored: more than what was wanted, and far from all.
+            (one,) = sub._reader.readings.values()
+            assert len(one.pieces) < 500
+
+
+@run
 async def test_partitions_take_turns_and_closing_leaves_no_task() -> None:
     async with broker() as b, idemq.connect(b.url) as mq:
         await mq.create_topic("t", partitions=3)
