@@ -147,7 +147,7 @@ class _Walk:
         self._file_bytes = file_bytes
         self._state = State(0, 0, 0)
         self._topics: dict[int, TopicRow] = {}
-        self._lazy: dict[int, bytes | None] = {}
+        self._lazy: dict[int, ProducerRow | None] = {}
         self._logs: dict[tuple[int, int], _Log] = {}
         self._stretches: dict[int, array[int]] = {}
 
@@ -156,7 +156,6 @@ class _Walk:
         self._read_meta()
         self._read_topics()
         yield from self._read_log()
-        self._read_deltas()
         self._read_producers()
         self._read_names()
         self._read_offsets()
@@ -195,13 +194,51 @@ class _Walk:
             yield key, row
 
     def _read_meta(self) -> None:
+        """Also the deltas, which have the state."""
         rows = dict(self._items(Table.META))
         try:
             incarnation = schema.incarnation(rows.get(schema.INCARNATION_KEY, b""))
             self._expect(len(incarnation) == schema.INCARNATION_BYTES, "meta", "the incarnation has a wrong length")
-            self._state = schema.state(rows.get(schema.STATE_KEY, b""))
         except Damaged as damage:
             self._found("meta", str(damage))
+        if schema.STATE_KEY_1 in rows:
+            self._read_deltas_1(rows[schema.STATE_KEY_1])
+        else:
+            self._read_deltas()
+
+    def _read_deltas(self) -> None:
+        told: dict[int, list[schema.Change]] = {}
+        for key, delta in self._decoded(Table.DELTAS, schema.delta):
+            number = schema.ID_KEY.unpack(key)[0]
+            where, before, self._state = f"delta {number}", self._state, delta.state
+            self._expect(number <= delta.state.commits, where, "there was no such commit yet")
+            rises = all(old <= new for old, new in zip(before, delta.state, strict=True))
+            self._expect(rises, where, "its state goes back")
+            for producer_id, change in delta.producers.items():
+                if producer_id not in told:
+                    key = schema.ID_KEY.pack(producer_id)
+                    told[producer_id] = [self._txn.get(key, db=self._tables[Table.PRODUCERS])]
+                told[producer_id].append(change)
+        self._expect(self._report.rows[Table.DELTAS.value] > 0, "deltas", "there is none, and so no state")
+        self._believe(told)
+
+    def _believe(self, told: dict[int, list[schema.Change]]) -> None:
+        for producer_id, changes in told.items():
+            try:
+                self._lazy[producer_id] = schema.changed(producer_id, changes)
+            except Damaged as damage:
+                self._found(f"deltas, producer {producer_id}", str(damage))
+
+    def _read_deltas_1(self, state: bytes) -> None:
+        """Those of format 1."""
+        try:
+            self._state = schema.state_1(state)
+        except Damaged as damage:
+            self._found("meta", str(damage))
+        for key, rows in self._decoded(Table.DELTAS, schema.delta_1):
+            number = schema.ID_KEY.unpack(key)[0]
+            self._expect(number <= self._state.commits, f"delta {number}", "there was no such commit yet")
+            self._believe({producer_id: [value] for producer_id, value in rows})
 
     def _read_topics(self) -> None:
         names: set[str] = set()
@@ -273,31 +310,19 @@ class _Walk:
 
     # ------------------------------------------------------------------------------------------------ producers
 
-    def _read_deltas(self) -> None:
-        for key, rows in self._decoded(Table.DELTAS, schema.delta_rows):
-            number = schema.ID_KEY.unpack(key)[0]
-            self._expect(number <= self._state.commits, f"delta {number}", "there was no such commit yet")
-            self._lazy.update(rows)
-
     def _producer(self, producer_id: int) -> ProducerRow | None:
         """As the store answers: deltas first. Raises Damaged."""
-        key = schema.ID_KEY.pack(producer_id)
         if producer_id in self._lazy:
-            value = self._lazy[producer_id]
-        else:
-            value = self._txn.get(key, db=self._tables[Table.PRODUCERS])
+            return self._lazy[producer_id]
+        key = schema.ID_KEY.pack(producer_id)
+        value = self._txn.get(key, db=self._tables[Table.PRODUCERS])
         return None if value is None else schema.producer_row(key, value)
 
     def _read_producers(self) -> None:
         for key, row in self._decoded(Table.PRODUCERS, schema.producer_row):
             if schema.ID_KEY.unpack(key)[0] not in self._lazy:
                 self._look_at_producer(row)
-        for producer_id in sorted(self._lazy):
-            try:
-                row = self._producer(producer_id)
-            except Damaged as damage:
-                self._found(f"deltas, producer {producer_id}", str(damage))
-                continue
+        for _, row in sorted(self._lazy.items()):
             if row is not None:
                 self._look_at_producer(row)
         for producer_id, numbers in self._stretches.items():

@@ -610,7 +610,8 @@ class Core:
                 return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {request.producer_id} (any more)")
             # 3
             fingerprint = wire.fingerprint(request, batches)
-            result = producers.remembered(row, request.last_seq, fingerprint)
+            known = request.last_seq <= row.last_seq
+            result = producers.remembered(row, request.last_seq, fingerprint) if known else None
             if request.epoch < row.epoch:
                 if result is not None:
                     return wire.Committed(True, list(result.positions))
@@ -624,7 +625,7 @@ class Core:
             # 5
             if result is not None:
                 return wire.Committed(True, list(result.positions))
-            if request.last_seq <= row.last_seq:
+            if known:
                 return producers.conflict(row, request) or wire.Committed(True, None)
             # 6
             refusal = producers.gap(row, request)

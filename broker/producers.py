@@ -6,6 +6,7 @@ the refusal. The numbers are those of PROTOCOL.md.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 from idemq.client.wire import Code, Commit, Failed, Open, Position
@@ -46,6 +47,17 @@ class ProducerRow(NamedTuple):
     anonymous: bool
     takeovers: tuple[Takeover, ...]
     results: tuple[Result, ...]
+
+
+class Advance(NamedTuple):
+    """What commits changed in a row: all that has to be stored of it where the row before is known."""
+
+    seen_ms: int
+    token: bytes | None
+    kept: int
+    """How many results the row has afterwards."""
+    results: tuple[Result, ...]
+    """The new ones, at least one."""
 
 
 def opening(
@@ -130,18 +142,41 @@ def advanced(
 ) -> ProducerRow:
     """Rule 8: the row after the commit is applied; the last `remember` results stay."""
     # The constructor and not `_replace`, which takes three times as long: every commit comes through here.
+    producer_id, name, epoch, session, _, token, holder, address, opened_ms, _, anonymous, takeovers, results = row
+    last_seq = commit.last_seq
     return ProducerRow(
-        row.producer_id,
-        row.name,
-        row.epoch,
-        row.session,
-        commit.last_seq,
-        row.token if commit.token is None else commit.token,
-        row.holder,
-        row.address,
-        row.opened_ms,
+        producer_id,
+        name,
+        epoch,
+        session,
+        last_seq,
+        token if commit.token is None else commit.token,
+        holder,
+        address,
+        opened_ms,
         now_ms,
-        row.anonymous,
-        row.takeovers,
-        (*row.results, Result(commit.last_seq, fingerprint, positions))[-remember:],
+        anonymous,
+        takeovers,
+        (*results, Result(last_seq, fingerprint, positions))[-remember:],
+    )
+
+
+def advance(known: ProducerRow, row: ProducerRow) -> Advance | None:
+    """What leads from `known` to `row`; None when not commits alone lie between them: an Open gives a new epoch."""
+    new = row.results[bisect_left(row.results, (known.last_seq + 1,)) :]
+    if not new or row.epoch != known.epoch:
+        return None
+    return Advance(row.seen_ms, row.token, len(row.results), new)
+
+
+def advanced_by(row: ProducerRow, advance: Advance) -> ProducerRow:
+    """The row after what `advance` tells. One that is there already changes nothing, so that it may be told again."""
+    if advance.results[-1].last_seq <= row.last_seq:
+        return row
+    new = advance.results[bisect_left(advance.results, (row.last_seq + 1,)) :]
+    return row._replace(
+        last_seq=new[-1].last_seq,
+        token=advance.token,
+        seen_ms=advance.seen_ms,
+        results=(row.results + new)[-advance.kept :],
     )

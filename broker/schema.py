@@ -10,10 +10,9 @@ key or in a wrong table is found too.
     producer_names  name                                        u64 producer id
     offsets         u64 topic id, u32 partition, group          OffsetRow
     topics          u64 topic id                                TopicRow without its id
-    deltas          u64 commit number                           [producer id, value in `producers` | nil], ...
+    deltas          u64 number, rising                          State, {producer id: producers value | Advance | nil}
     meta            "format"                                    "idemq", u32 FORMAT_VERSION
     meta            "incarnation"                               16 random bytes, made with the store
-    meta            "state"                                     u64 counter, u64 commits, u64 topics removed
 
 Integers are big-endian, so that keys sort as numbers; a row is msgpack of its fields in their declared order. Producers
 are kept by id, because commits name ids; their names are an index. Offsets begin with the topic, so that a deleted
@@ -21,9 +20,14 @@ topic's rows are one range. `position` is how many bytes were ever stored in the
 checksum of a log value ends with the batch's fixed header: the batch's own checksum covers its body, which is not read
 a second time on its way to the disk.
 
+Every commit writes a delta: the store's state (three u64: counter, commits, topics removed; the last delta has the one
+that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order; a delta goes
+when its rows stand there. One that names no producer is overwritten by the next.
+
 To change the format:
  1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover,
-    Position) or a batch's fixed header raises FORMAT_VERSION by one. tests/test_schema.py holds the bytes still.
+    Position, Advance, State) or a batch's fixed header raises FORMAT_VERSION by one. tests/test_schema.py holds the
+    bytes still.
  2. `store.py` upgrades the version before in ONE transaction at start, before anything is served; a store of a later
     version is refused. The "format" row keeps its place and shape for ever.
  3. A data directory made by the version before stays in tests/data/format-N/, and a test opens it.
@@ -32,7 +36,7 @@ To change the format:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import StrEnum
 from struct import Struct
 from struct import error as StructError
@@ -44,10 +48,10 @@ from idemq.client.wire import BATCH_HEADER, Position, Settings, crc32
 
 from .core import Damaged, Stored
 from .groups import OffsetKey, OffsetRow
-from .producers import ProducerRow, Result, Takeover
+from .producers import Advance, ProducerRow, Result, Takeover, advanced_by
 from .topics import TopicRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"idemq"
 INCARNATION_BYTES = 16
 
@@ -66,7 +70,6 @@ class Table(StrEnum):
 
 FORMAT_KEY = b"format"
 INCARNATION_KEY = b"incarnation"
-STATE_KEY = b"state"
 
 ID_KEY = Struct(">Q")
 PARTITION_KEY = Struct(">QI")
@@ -78,6 +81,7 @@ _LOG_COVERED = _LOG_PREFIX.size + BATCH_HEADER.size
 _STAMP = Struct(">QQ")
 _FORMAT = Struct(f">{len(MAGIC)}sI")
 _STATE = Struct(">QQQ")
+_pack = msgpack.Packer(autoreset=True).pack
 _SEEDS: dict[Table, int] = {table: crc32(table.encode()) for table in Table}
 
 
@@ -156,12 +160,17 @@ def producer_value(key: bytes, row: ProducerRow) -> bytes:
 def producer_row(key: bytes, value: bytes) -> ProducerRow:
     """Decode and verify. Raises Damaged."""
     *fields, takeovers, results = msgpack.unpackb(_open(Table.PRODUCERS, key, value), use_list=False)
-    remembered = [
-        Result(last_seq, fingerprint, tuple([Position(*position) for position in positions]))
-        for last_seq, fingerprint, positions in results
-    ]
-    ended = [Takeover(*takeover) for takeover in takeovers]
-    return ProducerRow._make((ID_KEY.unpack(key)[0], *fields, tuple(ended), tuple(remembered)))
+    ended = tuple([Takeover(*takeover) for takeover in takeovers])
+    return ProducerRow._make((ID_KEY.unpack(key)[0], *fields, ended, _results(results)))
+
+
+def _results(results: Any) -> tuple[Result, ...]:
+    return tuple(
+        [
+            Result(last_seq, fingerprint, tuple([Position(*position) for position in positions]))
+            for last_seq, fingerprint, positions in results
+        ]
+    )
 
 
 def name_value(key: bytes, producer_id: int) -> bytes:
@@ -175,15 +184,62 @@ def name_id(key: bytes, value: bytes) -> int:
     return producer_id
 
 
-def delta_value(key: bytes, rows: Iterable[tuple[int, bytes | None]]) -> bytes:
-    """Producer rows that were changed by one commit, each as it will be stored in `producers`; None: deleted."""
-    return _seal(Table.DELTAS, key, msgpack.packb(list(rows)))
+# ------------------------------------------------------------------------------------------------------------ deltas
 
 
-def delta_rows(key: bytes, value: bytes) -> list[tuple[int, bytes | None]]:
+class State(NamedTuple):
+    """What every commit writes."""
+
+    counter: int
+    """The last number given to a topic, producer, epoch or lease."""
+    commits: int
+    topics_removed: int
+    """Tells a log that is gone with its topic from one that is lost."""
+
+
+Change = bytes | tuple[Any, ...] | None
+"""What became of a producer: its value in `producers`; an Advance on the row before, as yet without types; deleted."""
+
+
+class Delta(NamedTuple):
+    """What one commit writes, but for the tables that it changes in place."""
+
+    state: State
+    producers: dict[int, Change]
+
+
+def delta_value(key: bytes, state: State, producers: dict[int, Change]) -> bytes:
+    """A delta."""
+    return _seal(Table.DELTAS, key, _STATE.pack(*state) + _pack(producers))
+
+
+def delta(key: bytes, value: bytes) -> Delta:
     """Decode and verify. Raises Damaged."""
-    rows: list[tuple[int, bytes | None]] = msgpack.unpackb(_open(Table.DELTAS, key, value), use_list=False)
-    return rows
+    body = _open(Table.DELTAS, key, value)
+    producers = msgpack.unpackb(body[_STATE.size :], use_list=False, strict_map_key=False)
+    return Delta(State(*_STATE.unpack_from(body)), producers)
+
+
+def changed(producer_id: int, changes: Sequence[Change]) -> ProducerRow | None:
+    """The row after these changes, the first of which is a whole value. Raises Damaged.
+
+    Deltas tell a deletion after it was done in `producers`: what advances no row counts for nothing.
+    """
+    row: ProducerRow | None = None
+    for change in changes:
+        if isinstance(change, tuple):
+            *fields, results = change
+            row = None if row is None else advanced_by(row, Advance._make((*fields, _results(results))))
+        else:
+            row = None if change is None else producer_row(ID_KEY.pack(producer_id), change)
+    return row
+
+
+def checked(producer_id: int, value: bytes | None) -> bytes | None:
+    """A value in `producers` as it is, verified. Raises Damaged."""
+    if value is not None:
+        _open(Table.PRODUCERS, ID_KEY.pack(producer_id), value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------- offsets, topics
@@ -249,21 +305,18 @@ def incarnation(value: bytes) -> bytes:
     return _open(Table.META, INCARNATION_KEY, value)
 
 
-class State(NamedTuple):
-    """What every commit writes."""
+# ---------------------------------------------------------------------------------------------------------- format 1
+# The state was a row of its own, and a delta held values as they stand in `producers`, and was keyed by its commit.
 
-    counter: int
-    """The last number given to a topic, producer, epoch or lease."""
-    commits: int
-    topics_removed: int
-    """Tells a log that is gone with its topic from one that is lost."""
+STATE_KEY_1 = b"state"
 
 
-def state_value(state: State) -> bytes:
-    """The store's state."""
-    return _seal(Table.META, STATE_KEY, _STATE.pack(*state))
-
-
-def state(value: bytes) -> State:
+def state_1(value: bytes) -> State:
     """Decode and verify. Raises Damaged."""
-    return State(*_STATE.unpack(_open(Table.META, STATE_KEY, value)))
+    return State(*_STATE.unpack(_open(Table.META, STATE_KEY_1, value)))
+
+
+def delta_1(key: bytes, value: bytes) -> list[tuple[int, bytes | None]]:
+    """Decode and verify. Raises Damaged."""
+    rows: list[tuple[int, bytes | None]] = msgpack.unpackb(_open(Table.DELTAS, key, value), use_list=False)
+    return rows

@@ -4,8 +4,9 @@ It knows rows, keys and files, and no rule: what is stored was decided by the co
 transaction, on the disk when it returns. `commit` belongs to one thread, reads may come from others meanwhile: each is
 a short LMDB read transaction of its own, over what is committed.
 
-Producer rows are the dear case. A group that changes rows all over the B-tree dirties a page for each, so the rows of
-such a group are put down together as one delta, and reach their places in the B-tree later (see `_Lazy`).
+Producer rows are the dear case: each commit changes some, and in its place in the B-tree each dirties a page and is
+written whole. So a commit writes what it changed in them into one small delta, which lies where the store's state lies
+that it writes anyway, and the rows reach their places later, many commits in one (see `_Lazy`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import lmdb
 
 from idemq.client.wire import record_count
 
-from . import schema
+from . import producers, schema
 from .core import ROW_BYTES, Damaged, Group, Rows, Space, Stored
 from .groups import OffsetKey, OffsetRow
 from .pages import Broken, Pages
@@ -40,10 +41,11 @@ from .topics import Ends, Mark, TopicRow
 MAP_BYTES = 1 << 40
 """Address space for the map, not disk. Where the system grants less, the store asks for less."""
 MAP_BYTES_MIN = 1 << 30
-DIRECT_ROWS_MAX = 8
-"""Producer rows that one group writes straight into the B-tree; more become a delta."""
 LAZY_BYTES_MAX = 8 << 20
-"""Rows written to deltas before they are moved on. Up to twice as much is in memory, and is read at start."""
+"""Bytes of deltas before their rows are moved on. What they tell is in memory, and is read at start, twice over."""
+LAZY_FEW_ROWS = 4
+LAZY_FEW_BYTES_MAX = 2400
+"""The same for so few rows that moving them costs less than a second page of deltas, which each commit would write."""
 LAZY_DELTAS_MAX = 256
 """Deltas before their rows are moved on, so that dropping them stays cheap."""
 LAZY_STEP_ROWS = 16
@@ -126,37 +128,68 @@ def tune_allocator() -> bool:
 # -------------------------------------------------------------------------------------------------------------- LMDB
 
 
+_Told = ProducerRow | list[schema.Change] | None
+"""A row; or what was told of one at start, which is decoded when somebody asks."""
+
+
 class _Lazy:
     """Producer rows that stand in deltas and not yet, or only in part, in the B-tree.
 
     Two generations, so that a delta is dropped only when all its rows are in the B-tree: commits write deltas of the
-    young one; the old one is moved into the B-tree in order of id, some rows with each commit. A row that is in either
-    is written through a delta again, because reading the deltas at the next start overrides the B-tree.
+    young one; the old one is moved into the B-tree in order of id, some rows with each commit. The old one's rows are
+    known until the young one is old: of a row that is known a commit writes only what is new.
     """
 
     def __init__(self) -> None:
-        self.young: dict[int, bytes | None] = {}
+        self.young: dict[int, _Told] = {}
         self.young_bytes = 0
-        self.young_deltas = 0
-        self.old: dict[int, bytes | None] = {}
+        self.young_start = 0
+        """The young generation's deltas begin with this one, the old one's end before it."""
+        self.next = 0
+        """The number of the next delta."""
+        self.old: dict[int, _Told] = {}
         self.old_ids: list[int] = []
         """Still to be moved, the largest id first."""
-        self.old_commit = 0
-        """The old generation's deltas end with this commit."""
 
-    def __contains__(self, producer_id: int) -> bool:
-        return producer_id in self.young or producer_id in self.old
+    def begin(self, told: dict[int, list[schema.Change]], following: int) -> None:
+        """After the start: what the deltas before `following` told is the old generation."""
+        self.old = {**told}
+        self.old_ids = sorted(told, reverse=True)
+        self.young_start = self.next = following
 
-    def age(self, commit: int) -> None:
+    def age(self) -> None:
         """The young generation becomes the old one."""
-        self.old, self.young = self.young, {}
-        self.young_bytes = self.young_deltas = 0
+        self.old, self.young = self.young, {}  # in this order: `row` looks from other threads
+        self.young_bytes = 0
+        self.young_start = self.next
         self.old_ids = sorted(self.old, reverse=True)
-        self.old_commit = commit
 
-    def rows(self) -> dict[int, bytes | None]:
-        """All of them, the latest of each."""
-        return self.old | self.young
+    def ids(self) -> set[int]:
+        """Those of all rows."""
+        return {*self.old, *self.young}
+
+    def row(self, producer_id: int) -> ProducerRow | None:
+        """The latest. Raises KeyError when it is in neither generation."""
+        young, old = self.young, self.old
+        return _decoded(young if producer_id in young else old, producer_id)
+
+    def change(self, producer_id: int, row: ProducerRow | None) -> schema.Change:
+        """What must be written of this row."""
+        if row is None:
+            return None
+        try:
+            known = self.row(producer_id)
+        except KeyError:
+            known = None
+        advance = None if known is None else producers.advance(known, row)
+        return schema.producer_value(schema.ID_KEY.pack(producer_id), row) if advance is None else advance
+
+
+def _decoded(rows: dict[int, _Told], producer_id: int) -> ProducerRow | None:
+    row = rows[producer_id]
+    if isinstance(row, list):
+        row = rows[producer_id] = schema.changed(producer_id, row)
+    return row
 
 
 class Store:
@@ -190,21 +223,52 @@ class Store:
 
     def _load(self) -> None:
         version = _format(self._environment, self._directory)
-        assert version == schema.FORMAT_VERSION, "there is no earlier version to upgrade"
         self._tables = {table: self._environment.open_db(table.encode(), create=False) for table in Table}
         self._lazy = _Lazy()
         self._broken = False
         try:
+            if version == 1:
+                self._upgrade_1()
             with self._environment.begin() as txn:
                 meta = self._tables[Table.META]
                 self._incarnation = schema.incarnation(txn.get(schema.INCARNATION_KEY, b"", meta))
-                self._state = schema.state(txn.get(schema.STATE_KEY, b"", meta))
-                for key, value in txn.cursor(self._tables[Table.DELTAS]):
-                    self._lazy.young.update(schema.delta_rows(key, value))
+                self._state = self._read_deltas(txn)
             self.topics()  # the core needs each of them, so the start is where to say that one is broken
         except Damaged as damage:
             raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
-        self._lazy.age(self._state.commits)
+
+    def _read_deltas(self, txn: Any) -> schema.State:
+        """Learn what they tell; returns the state. Raises Damaged."""
+        told: dict[int, list[schema.Change]] = {}
+        last: schema.Delta | None = None
+        for key, value in txn.cursor(self._tables[Table.DELTAS]):
+            last = schema.delta(key, value)
+            for producer_id, change in last.producers.items():
+                if not isinstance(change, tuple):
+                    told[producer_id] = [change]
+                    continue
+                if producer_id not in told:
+                    stored = txn.get(schema.ID_KEY.pack(producer_id), db=self._tables[Table.PRODUCERS])
+                    told[producer_id] = [schema.checked(producer_id, stored)]
+                told[producer_id].append(change)
+        if last is None:
+            raise schema.damaged(Table.DELTAS, b"", "there is no delta, and so no state")
+        self._lazy.begin(told, schema.ID_KEY.unpack(key)[0] + bool(last.producers))
+        return last.state
+
+    def _upgrade_1(self) -> None:
+        """From format 1: the rows in its deltas to their places, and the state into the first delta. Raises Damaged."""
+        with self._environment.begin(write=True) as txn:
+            deltas, meta = self._tables[Table.DELTAS], self._tables[Table.META]
+            state = schema.state_1(txn.get(schema.STATE_KEY_1, b"", meta))
+            for key, value in txn.cursor(deltas):
+                for producer_id, row in schema.delta_1(key, value):
+                    self._write_producer(txn, schema.ID_KEY.pack(producer_id), row)
+            txn.drop(deltas, delete=False)
+            key = schema.ID_KEY.pack(0)
+            self._put_checked(txn, Table.DELTAS, key, schema.delta_value(key, state, {}))
+            txn.delete(schema.STATE_KEY_1, db=meta)
+            self._put_checked(txn, Table.META, schema.FORMAT_KEY, schema.format_value())
 
     def close(self) -> None:
         """Let go of the files and of the lock. Nothing is written."""
@@ -251,23 +315,20 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
-            delta = self._write_producers(txn, group.producers, state.commits)
-            moved = self._move_lazy(txn, len(delta))
-            self._put_checked(txn, Table.META, schema.STATE_KEY, schema.state_value(state))
+            written = self._write_delta(txn, state, group.producers)
+            moved = self._move_lazy(txn, len(group.producers))
         except BaseException:
             txn.abort()
             raise
         txn.commit()
         self._state = state
-        self._remember_lazy(delta, moved)
+        self._remember_lazy(group.producers, written, moved)
         return self.space()
 
-    def _put_checked(
-        self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True, append: bool = False
-    ) -> None:
+    def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
         """LMDB answers a put that it did not do by returning False."""
-        if not txn.put(key, value, overwrite=overwrite, append=append, db=self._tables[table]):
-            raise StoreBroken(f"table {table} did not take key {key.hex()}: there is one already, or a later one")
+        if not txn.put(key, value, overwrite=overwrite, db=self._tables[table]):
+            raise StoreBroken(f"table {table} did not take key {key.hex()}: there is one already")
 
     def _delete_range(self, txn: Any, table: Table, first: bytes, behind: bytes) -> None:
         """Remove the keys from `first` and below `behind`."""
@@ -302,23 +363,12 @@ class Store:
             else:
                 self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
 
-    def _write_producers(
-        self, txn: Any, rows: dict[int, ProducerRow | None], commit: int
-    ) -> list[tuple[int, bytes | None]]:
-        """Into the B-tree, or into a delta; returns what went into the delta."""
-        delta: list[tuple[int, bytes | None]] = []
-        many = len(rows) > DIRECT_ROWS_MAX
-        for producer_id, row in rows.items():
-            key = schema.ID_KEY.pack(producer_id)
-            value = None if row is None else schema.producer_value(key, row)
-            if many or producer_id in self._lazy:
-                delta.append((producer_id, value))
-            else:
-                self._write_producer(txn, key, value)
-        if delta:
-            key = schema.ID_KEY.pack(commit)
-            self._put_checked(txn, Table.DELTAS, key, schema.delta_value(key, delta), append=True)
-        return delta
+    def _write_delta(self, txn: Any, state: schema.State, rows: dict[int, ProducerRow | None]) -> int:
+        """What every commit writes; returns its bytes."""
+        key = schema.ID_KEY.pack(self._lazy.next)
+        value = schema.delta_value(key, state, {one: self._lazy.change(one, row) for one, row in rows.items()})
+        self._put_checked(txn, Table.DELTAS, key, value)
+        return len(value)
 
     def _write_producer(self, txn: Any, key: bytes, value: bytes | None) -> None:
         if value is None:
@@ -328,25 +378,27 @@ class Store:
 
     def _move_lazy(self, txn: Any, rows: int) -> int:
         """Move the next rows of the old generation to their places, at least as many as came in; returns how many."""
-        ids = self._lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
+        lazy = self._lazy
+        ids = lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
         for producer_id in reversed(ids):
-            self._write_producer(txn, schema.ID_KEY.pack(producer_id), self._lazy.old[producer_id])
-        if self._lazy.old and len(ids) == len(self._lazy.old_ids):
-            behind = schema.ID_KEY.pack(self._lazy.old_commit + 1)
-            self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), behind)
+            key, row = schema.ID_KEY.pack(producer_id), _decoded(lazy.old, producer_id)
+            self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
+        if ids and len(ids) == len(lazy.old_ids):
+            self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
         return len(ids)
 
-    def _remember_lazy(self, delta: list[tuple[int, bytes | None]], moved: int) -> None:
+    def _remember_lazy(self, rows: dict[int, ProducerRow | None], written: int, moved: int) -> None:
         """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
         lazy = self._lazy
-        lazy.young.update(delta)
-        lazy.young_bytes += sum([len(value) for _, value in delta if value is not None])
-        lazy.young_deltas += bool(delta)
-        del lazy.old_ids[len(lazy.old_ids) - moved :]
-        if not lazy.old_ids:
-            lazy.old = {}
-        if not lazy.old and (lazy.young_bytes >= LAZY_BYTES_MAX or lazy.young_deltas >= LAZY_DELTAS_MAX):
-            lazy.age(self._state.commits)
+        if rows:  # a delta without any is overwritten by the next
+            lazy.young.update(rows)
+            lazy.young_bytes += written
+            lazy.next += 1
+        if moved:
+            del lazy.old_ids[-moved:]
+        bytes_max = LAZY_FEW_BYTES_MAX if len(lazy.young) <= LAZY_FEW_ROWS else LAZY_BYTES_MAX
+        if not lazy.old_ids and (lazy.young_bytes >= bytes_max or lazy.next - lazy.young_start >= LAZY_DELTAS_MAX):
+            lazy.age()
 
     # -------------------------------------------------------------------------------------------------- reads
 
@@ -439,15 +491,13 @@ class Store:
 
     def producer(self, producer_id: int) -> ProducerRow | None:
         """A producer by id. Raises Damaged."""
-        key = schema.ID_KEY.pack(producer_id)
-        for generation in (self._lazy.young, self._lazy.old):
-            if producer_id in generation:
-                value = generation[producer_id]
-                break
-        else:
+        try:
+            return self._lazy.row(producer_id)
+        except KeyError:
+            key = schema.ID_KEY.pack(producer_id)
             with self._environment.begin() as txn:
                 value = txn.get(key, db=self._tables[Table.PRODUCERS])
-        return None if value is None else schema.producer_row(key, value)
+            return None if value is None else schema.producer_row(key, value)
 
     def producer_id(self, name: str) -> int | None:
         """A producer's id by name. Raises Damaged."""
@@ -465,14 +515,18 @@ class Store:
 
     def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
         """Rows with at least this id, in order of id. Raises Damaged."""
-        lazy = {key: value for key, value in self._lazy.rows().items() if key >= producer_id}
+        lazy = {one for one in self._lazy.ids() if one >= producer_id}
         rows: list[ProducerRow] = []
         with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCERS]) as cursor:
             items = islice(_items_from(cursor, schema.ID_KEY.pack(producer_id)), limit + len(lazy))
             stored = {schema.ID_KEY.unpack(key)[0]: value for key, value in items}
-        for number, value in sorted((stored | lazy).items()):
-            if value is not None and len(rows) < limit:
-                rows.append(schema.producer_row(schema.ID_KEY.pack(number), value))
+        for number in sorted(stored.keys() | lazy):
+            key = schema.ID_KEY.pack(number)
+            row = self.producer(number) if number in lazy else schema.producer_row(key, stored[number])
+            if row is not None:
+                rows.append(row)
+                if len(rows) == limit:
+                    break
         return rows
 
     def producer_count(self) -> int:
@@ -619,13 +673,15 @@ def _create(directory: Path) -> None:
     new = tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=directory)
     environment = _open_environment(new, create=True)
     tables = {table: environment.open_db(table.encode()) for table in Table}
-    with environment.begin(write=True, db=tables[Table.META]) as txn:
-        rows = {
-            schema.FORMAT_KEY: schema.format_value(),
-            schema.INCARNATION_KEY: schema.incarnation_value(secrets.token_bytes(schema.INCARNATION_BYTES)),
-            schema.STATE_KEY: schema.state_value(schema.State(0, 0, 0)),
-        }
-        if not all(txn.put(key, value) for key, value in rows.items()):
+    with environment.begin(write=True) as txn:
+        first = schema.ID_KEY.pack(0)
+        incarnation = secrets.token_bytes(schema.INCARNATION_BYTES)
+        rows = (
+            (Table.META, schema.FORMAT_KEY, schema.format_value()),
+            (Table.META, schema.INCARNATION_KEY, schema.incarnation_value(incarnation)),
+            (Table.DELTAS, first, schema.delta_value(first, schema.State(0, 0, 0), {})),
+        )
+        if not all(txn.put(key, value, db=tables[table]) for table, key, value in rows):
             raise StoreBroken("a new store did not take its first rows")
     environment.close()
     _sync(os.path.join(new, "data.mdb"))

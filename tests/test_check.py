@@ -20,7 +20,7 @@ from idemq.broker.core import Group, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import _TREE, Broken, Pages, Tree
 from idemq.broker.producers import ProducerRow, Result, Takeover
-from idemq.broker.schema import Table
+from idemq.broker.schema import State, Table
 from idemq.broker.store import Reason, Store, StoreError
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
@@ -34,7 +34,7 @@ TIME_MS = 1000
 
 @pytest.fixture(autouse=True)
 def _deltas_move_on_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LAZY_BYTES_MAX", "LAZY_DELTAS_MAX", "LAZY_STEP_ROWS"):
+    for name in ("LAZY_BYTES_MAX", "LAZY_DELTAS_MAX", "LAZY_STEP_ROWS", "LAZY_FEW_BYTES_MAX"):
         monkeypatch.setattr(store, name, getattr(store, name))
     workload.hurry()
 
@@ -109,7 +109,7 @@ def test_a_store_that_is_right_is_clean(tmp_path: Path) -> None:
     assert report.findings == []
     assert report.clean
     assert report.rows == {
-        "meta": 3, "topics": 2, "log": 6, "deltas": 0, "producers": 2, "producer_names": 2, "offsets": 1,
+        "meta": 2, "topics": 2, "log": 6, "deltas": 1, "producers": 0, "producer_names": 2, "offsets": 1,
     }  # fmt: skip
 
 
@@ -245,10 +245,34 @@ def test_what_was_trimmed_is_not_missed(tmp_path: Path) -> None:
     assert check.walk(tmp_path / "gone").findings == []
 
 
+@pytest.mark.parametrize(
+    ("number", "state", "text"),
+    [
+        (2, State(COUNTER, 1, 0), "there was no such commit yet"),
+        (1, State(COUNTER - 1, 2, 0), "its state goes back"),
+        (1, State(COUNTER, 2, 0), ""),
+        (None, State(0, 0, 0), "there is none, and so no state"),
+    ],
+)
+def test_deltas_tell_one_history(tmp_path: Path, number: int | None, state: State, text: str) -> None:
+    Rows().write(tmp_path / "data")
+    environment = lmdb.open(str(tmp_path / "data" / store.STORE_FOLDER), map_size=1 << 30, max_dbs=len(Table))
+    handle = environment.open_db(Table.DELTAS.encode())
+    with environment.begin(write=True, db=handle) as txn:
+        if number is None:
+            txn.drop(handle, delete=False)
+        else:
+            key = schema.ID_KEY.pack(number)
+            assert txn.put(key, schema.delta_value(key, state, {}))
+    environment.close()
+    texts = [found.text for found in check.walk(tmp_path / "data").findings]
+    assert text in texts if text else not texts
+
+
 @pytest.mark.parametrize("table", list(Table))
 def test_a_flipped_bit_is_found_in_every_table(tmp_path: Path, table: Table) -> None:
     rows = Rows()
-    numbers = range(30, 30 + store.DIRECT_ROWS_MAX)
+    numbers = range(30, 38)
     rows.producers |= {
         number: rows.producer(number, f"p{number}", -1)._replace(epoch=30 + 9, takeovers=()) for number in numbers
     }
@@ -398,21 +422,42 @@ def test_a_copy_without_its_lock_can_be_checked(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- stores of old times
 
 
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) -> None:
     """tests/data/format-N holds the file of a store and `repr` of all that it answered when it was made."""
     golden = DATA / f"format-{version}"
     (tmp_path / store.STORE_FOLDER).mkdir()
     file = tmp_path / store.STORE_FOLDER / "data.mdb"
     file.write_bytes(lzma.decompress((golden / "data.mdb.xz").read_bytes()))
-    assert check.walk(tmp_path).findings == []
-    opened = Store(tmp_path)
-    found = workload.content(opened)
-    opened.close()
+    for _ in ("as it was", "upgraded"):
+        assert check.walk(tmp_path).findings == []
+        opened = Store(tmp_path)
+        found = workload.content(opened)
+        opened.close()
     assert repr(found) == lzma.decompress((golden / "content.txt.xz").read_bytes()).decode().strip()
     assert len(found[3]) > 1, "it has topics"
     assert len(found[7]) > 5, "it has producers"
     assert any(row.session and row.suspects_end for _, row in found[9]), "it has positions, held, with suspects"
+
+
+def test_an_upgrade_is_done_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / store.STORE_FOLDER).mkdir()
+    file = tmp_path / store.STORE_FOLDER / "data.mdb"
+    file.write_bytes(lzma.decompress((DATA / "format-1" / "data.mdb.xz").read_bytes()))
+
+    def fail() -> bytes:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(schema, "format_value", fail)
+        with pytest.raises(StoreError, match="No space left"):
+            Store(tmp_path)
+    assert check.walk(tmp_path).rows["meta"] == 3, "it is of format 1 still"
+    opened = Store(tmp_path)
+    found = workload.content(opened)
+    opened.close()
+    assert repr(found) == lzma.decompress((DATA / "format-1" / "content.txt.xz").read_bytes()).decode().strip()
+    assert check.walk(tmp_path).rows["meta"] == 2
 
 
 def test_every_format_has_its_directory() -> None:

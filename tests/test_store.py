@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from idemq.broker import schema, store
+from idemq.broker import producers, schema, store
 from idemq.broker.core import Damaged, Group, Stored, Trim
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import Pages
@@ -43,6 +43,14 @@ def producer(producer_id: int, last_seq: int = -1, name: str = "", results: tupl
         producer_id, name or f"name-{producer_id}", producer_id, "session", last_seq, b"token", "holder", "address",
         1, 2, False, (Takeover(3, 4),), results,
     )  # fmt: skip
+
+
+def after_commit(row: ProducerRow) -> ProducerRow:
+    """With one commit more, of a producer whose last three results are remembered."""
+    token = None if row.last_seq % 2 else b"token-%d" % row.last_seq
+    positions = [Position(row.last_seq + 2, 7)]
+    commit = wire.Commit(row.producer_id, row.epoch, row.last_seq, row.last_seq + 1, [], [], token)
+    return producers.advanced(row, commit, row.last_seq + 5, tuple(positions), row.seen_ms + 1, 3)
 
 
 def created(*rows: ProducerRow) -> Group:
@@ -166,8 +174,8 @@ def test_producers_are_listed_by_name_and_by_id(any_store: Storage) -> None:
 
 
 def test_many_rows_in_one_group_are_the_same(any_store: Storage) -> None:
-    """More rows than go straight into the B-tree: replaced, deleted and added to while they wait."""
-    rows = {number: producer(number) for number in range(1, 2 * store.DIRECT_ROWS_MAX)}
+    """Replaced, deleted and added to while they wait for their places."""
+    rows = {number: producer(number) for number in range(1, 16)}
     any_store.commit(created(*rows.values()))
     any_store.commit(Group(producers={3: producer(3, 99), 4: None}, names={"name-4": None}))
     rows[3] = producer(3, 99)
@@ -351,7 +359,7 @@ class BothStores(RuleBasedStateMachine):
         if marks:
             self.commit(Group(trims=[Trim(topic_id, partition, marks[-1].end)]))
 
-    @rule(count=st.sampled_from([1, 2, store.DIRECT_ROWS_MAX + 1, 30]))
+    @rule(count=st.sampled_from([1, 2, 9, 30]))
     def create(self, count: int) -> None:
         rows = [producer(self.number + 1 + index) for index in range(count)]
         self.number += count
@@ -360,14 +368,21 @@ class BothStores(RuleBasedStateMachine):
         group.counter = self.number
         self.commit(group)
 
-    @rule(data=st.data())
-    def change(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), commits=st.sampled_from([1, 1, 2, 5]), opened=st.sampled_from([False, False, True]))
+    def change(self, data: st.DataObject, commits: int, opened: bool) -> None:
         if not self.rows:
             return
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.rows)), min_size=1, max_size=25, unique=True))
-        rows = {number: self.rows[number]._replace(last_seq=self.rows[number].last_seq + 1) for number in chosen}
+        rows = {number: self.rows[number] for number in chosen}
+        for number, row in rows.items():
+            if opened:
+                self.number += 1
+                row = row._replace(epoch=self.number, holder=f"holder-{self.number}")
+            for _ in range(commits):
+                row = after_commit(row)
+            rows[number] = row
         self.rows |= rows
-        self.commit(Group(producers=dict(rows)))
+        self.commit(Group(producers=dict(rows), counter=self.number))
 
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
@@ -436,6 +451,8 @@ def _small_generations(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     monkeypatch.setattr(store, "LAZY_BYTES_MAX", 4000)
     monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 6)
     monkeypatch.setattr(store, "LAZY_STEP_ROWS", 3)
+    monkeypatch.setattr(store, "LAZY_FEW_ROWS", 2)
+    monkeypatch.setattr(store, "LAZY_FEW_BYTES_MAX", 400)
 
 
 # --------------------------------------------------------------------------------------------------------- LMDB alone
@@ -448,6 +465,13 @@ def raw(directory: Path, change: Callable[[Any, Callable[[Table], Any]], object]
     with environment.begin(write=True) as txn:
         change(txn, tables.__getitem__)
     environment.close()
+
+
+def placed(opened: Store, txn: Any, number: int) -> ProducerRow | None:
+    """A producer's row as it stands in its place, whatever the deltas tell."""
+    key = schema.ID_KEY.pack(number)
+    value = txn.get(key, db=opened._tables[Table.PRODUCERS])
+    return None if value is None else schema.producer_row(key, value)
 
 
 def refused(directory: Path, code: Reason, text: str | None = None) -> str:
@@ -492,7 +516,7 @@ def test_rows_that_wait_stay_bounded(directory: Path) -> None:
     dice = random.Random(1)
     for step in range(200):
         chosen = dice.sample(sorted(rows), dice.choice((0, 1, 1, 20)))
-        rows |= {number: rows[number]._replace(last_seq=step) for number in chosen}
+        rows |= {number: after_commit(rows[number]) for number in chosen}
         opened.commit(Group(producers={number: rows[number] for number in chosen}))
         with opened._environment.begin() as txn:
             assert txn.stat(opened._tables[Table.DELTAS])["entries"] < 60
@@ -504,12 +528,95 @@ def test_rows_that_wait_stay_bounded(directory: Path) -> None:
     opened.commit(Group(producers={5: None}, names={"name-5": None}))
     del rows[5]
     assert opened.producers_from(0, 100) == [rows[number] for number in sorted(rows)]
-    opened.close()
-    raw(directory, lambda txn, table: txn.drop(table(Table.DELTAS), delete=False))
-    opened = Store(directory)
-    behind = sum(row != rows.get(row.producer_id) for row in opened.producers_from(0, 100))
+    with opened._environment.begin() as txn:
+        behind = sum(placed(opened, txn, number) != rows.get(number) for number in range(1, 61))
     assert behind < 45, "most rows stand in the B-tree too"
     opened.close()
+
+
+def test_a_commit_writes_what_is_new_of_a_producer(lmdb_store: Store) -> None:
+    """And not the other results again."""
+
+    def deltas() -> list[schema.Delta]:
+        with lmdb_store._environment.begin() as txn:
+            return [schema.delta(key, value) for key, value in txn.cursor(lmdb_store._tables[Table.DELTAS])]
+
+    row = producer(4)
+    lmdb_store.commit(created(row))
+    for _ in range(30):
+        before, row = row, after_commit(after_commit(row))
+        lmdb_store.commit(Group(producers={4: row}))
+        change = deltas()[-1].producers[4]
+        assert change == producers.Advance(row.seen_ms, row.token, len(row.results), row.results[-2:])
+        assert schema.changed(4, [schema.producer_value(schema.ID_KEY.pack(4), before), change]) == row
+    other = row._replace(epoch=9, session="other")
+    lmdb_store.commit(Group(producers={4: other}))
+    value = schema.producer_value(schema.ID_KEY.pack(4), other)
+    assert deltas()[-1].producers == {4: value}, "an opened producer is written whole"
+    lmdb_store.commit(Group(producers={4: None}, names={"name-4": None}))
+    assert deltas()[-1].producers == {4: None}
+    for counter in range(1, 40):
+        lmdb_store.commit(Group(counter=counter))
+        assert len(deltas()) < 10, "a delta without producers is overwritten"
+    assert deltas()[-1] == schema.Delta(schema.State(39, 72, 0), {})
+
+
+def test_a_damaged_row_under_what_the_deltas_tell_is_refused_at_start(directory: Path) -> None:
+    """Before it is written anew, and looks whole."""
+    opened = Store(directory)
+    rows = {number: producer(number) for number in (4, 5)}
+    opened.commit(created(*rows.values()))
+    for step in range(20):
+        rows[5] = after_commit(rows[5])
+        opened.commit(Group(producers={5: rows[5]} if step else dict(rows)))
+    opened.close()
+    key = schema.ID_KEY.pack(5)
+
+    def flip(txn: Any, open_table: Callable[[Table], Any]) -> None:
+        value = bytearray(txn.get(key, db=open_table(Table.PRODUCERS)))
+        value[9] ^= 4
+        assert txn.put(key, bytes(value), db=open_table(Table.PRODUCERS))
+
+    raw(directory, flip)
+    refused(directory, Reason.STORE_DAMAGED, f"table producers, key {key.hex()}")
+    number = schema.ID_KEY.pack(1000)
+    whole = {5: schema.producer_value(key, rows[5])}
+    value = schema.delta_value(number, schema.State(0, 1000, 0), dict(whole))
+    raw(directory, lambda txn, table: txn.drop(table(Table.DELTAS), delete=False))
+    raw(directory, lambda txn, table: txn.put(number, value, db=table(Table.DELTAS)))
+    opened = Store(directory)
+    assert opened.producer(5) == rows[5], "what is told whole needs no row before"
+    opened.close()
+
+
+def test_the_deltas_of_few_producers_stay_in_one_page(lmdb_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as it is in production: a second page would be written with each commit."""
+    monkeypatch.undo()
+    rows = {number: producer(number) for number in range(1, store.LAZY_FEW_ROWS + 1)}
+    lmdb_store.commit(created(*rows.values()))
+    seen: set[ProducerRow | None] = set()
+    for step in range(600):
+        rows |= {number: after_commit(row) for number, row in rows.items() if step % number == 0}
+        lmdb_store.commit(Group(producers=dict(rows)))
+        with lmdb_store._environment.begin() as txn:
+            assert txn.stat(lmdb_store._tables[Table.DELTAS])["depth"] == 1
+            seen.add(placed(lmdb_store, txn, 1))
+    assert 5 < len(seen) < 600 / 5, "the rows reach their places, and not with each commit"
+
+
+def test_an_advance_that_was_told_before_changes_nothing() -> None:
+    """The deltas are read again over rows that are in their places already, in part or all."""
+    rows = [producer(4)]
+    for _ in range(7):
+        rows.append(after_commit(rows[-1]))
+    told = [producers.advance(one, other) for one, other in zip(rows, rows[2:] + rows[-1:], strict=False)]
+    for start, row in enumerate(rows):
+        for step in told:
+            if step is not None:
+                row = producers.advanced_by(row, step)
+        assert row == rows[-1], start
+    assert producers.advance(rows[0], rows[1]._replace(epoch=50)) is None
+    assert producers.advance(rows[1], rows[1]) is None
 
 
 def test_reads_from_other_threads_see_whole_commits(lmdb_store: Store) -> None:
@@ -553,9 +660,9 @@ def test_reads_from_other_threads_see_whole_commits(lmdb_store: Store) -> None:
 
 def test_a_put_that_lmdb_does_not_do_is_noticed(lmdb_store: Store) -> None:
     with lmdb_store._environment.begin(write=True) as txn:
-        lmdb_store._put_checked(txn, Table.DELTAS, b"b", b"", append=True)
+        lmdb_store._put_checked(txn, Table.DELTAS, b"a", b"", overwrite=False)
         with pytest.raises(StoreBroken, match="deltas"):
-            lmdb_store._put_checked(txn, Table.DELTAS, b"a", b"", append=True)
+            lmdb_store._put_checked(txn, Table.DELTAS, b"a", b"", overwrite=False)
 
 
 def test_a_full_map_refuses_the_group_and_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,6 +695,8 @@ def test_a_damaged_row_refuses_and_hurts_no_other(directory: Path, table: str) -
     keys = [OffsetKey("group", 1, 0), OffsetKey("group", 1, 1)]
     group.offsets = dict.fromkeys(keys, OffsetRow(0, 1, "s", None, 0, 0))
     opened.commit(group)
+    for _ in range(20):
+        opened.commit(Group(producers={9: None}))  # so that the others move on to their places
     opened.close()
     broken = {
         "log": schema.log_key(1, 0, 3),
@@ -751,11 +860,20 @@ def test_a_store_without_a_table_is_refused(directory: Path, table: Table) -> No
     refused(directory, Reason.STORE_NOT_OURS if table == Table.META else Reason.STORE_DAMAGED)
 
 
-@pytest.mark.parametrize("key", [schema.FORMAT_KEY, schema.INCARNATION_KEY, schema.STATE_KEY])
-def test_damage_to_what_is_read_at_start_is_refused(directory: Path, key: bytes) -> None:
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [(Table.META, schema.FORMAT_KEY), (Table.META, schema.INCARNATION_KEY), (Table.DELTAS, schema.ID_KEY.pack(0))],
+)
+def test_damage_to_what_is_read_at_start_is_refused(directory: Path, table: Table, key: bytes) -> None:
     Store(directory).close()
-    raw(directory, lambda txn, table: txn.put(key, b"\0" * 12, db=table(Table.META)))
+    raw(directory, lambda txn, open_table: txn.put(key, b"\0" * 12, db=open_table(table)))
     refused(directory, Reason.STORE_DAMAGED, "idemq verify")
+
+
+def test_a_store_without_its_state_is_refused(directory: Path) -> None:
+    Store(directory).close()
+    raw(directory, lambda txn, table: txn.delete(schema.ID_KEY.pack(0), db=table(Table.DELTAS)))
+    refused(directory, Reason.STORE_DAMAGED, "no state")
 
 
 def test_a_damaged_topic_is_refused_at_start(directory: Path) -> None:

@@ -32,6 +32,7 @@ def hurry() -> None:
     store.LAZY_BYTES_MAX = 3000
     store.LAZY_DELTAS_MAX = 4
     store.LAZY_STEP_ROWS = 3
+    store.LAZY_FEW_BYTES_MAX = 500
 
 
 def content(of: Storage) -> Content:

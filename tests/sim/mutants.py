@@ -36,7 +36,7 @@ MUTANTS = [
         "no dedup check",
         (
             (producers, "remembered", "for result in reversed(row.results):", "for result in ():"),
-            (CORE, "_commit", "if request.last_seq <= row.last_seq:", "if False:"),
+            (CORE, "_commit", "known = request.last_seq <= row.last_seq", "known = False"),
             (producers, "gap", "if commit.prev_seq == row.last_seq:", "if commit.prev_seq <= row.last_seq:"),
         ),
     ),
@@ -98,7 +98,7 @@ MUTANTS = [
         "fingerprint not remembered",
         producers,
         "advanced",
-        "(*row.results, Result(commit.last_seq, fingerprint, positions))[-remember:]",
+        "(*results, Result(last_seq, fingerprint, positions))[-remember:]",
         "()",
     ),
     _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1'),
@@ -109,7 +109,7 @@ MUTANTS = [
         "Takeover(row.epoch, row.last_seq)",
         "Takeover(row.epoch, row.last_seq + 1)",
     ),
-    _one("token not stored", producers, "advanced", "row.token if commit.token is None else commit.token", "row.token"),
+    _one("token not stored", producers, "advanced", "token if commit.token is None else commit.token", "token"),
     _one(
         "purge told before it is durable",
         CORE,
@@ -194,6 +194,23 @@ MUTANTS = [
         "ended_uncleanly",
         "return row._replace(suspects_end=min(end, row.next + max(in_hand_max, 1)))",
         "return row._replace(attempts=row.attempts + 1)",
+    ),
+    _one(
+        "a single message is to blame, though it may have come after its holder died",
+        groups,
+        "ended_uncleanly",
+        "return row._replace(suspects_end",
+        "if end == row.next + 1:\n        return row._replace(attempts=row.attempts + 1)\n"
+        "    return row._replace(suspects_end",
+    ),
+    _one(
+        "who comes back to a new broker wants what its rows say",
+        CORE,
+        "_heartbeat",
+        "changed = member is None or member.topics != frozenset(request.topics)\n"
+        "        self._take_holders(now, group, request.topics, rows)",
+        "self._take_holders(now, group, request.topics, rows)\n"
+        "        changed = member is None or member.topics != frozenset(request.topics)",
     ),
     _one("nobody is suspected", groups, "ended_uncleanly", "if row.next >= end or", "if True or"),
     _one("an attempt is not stored", groups, "moved", "or entry.attempts <= row.attempts", "or True"),
