@@ -11,7 +11,7 @@ import asyncio
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any, NamedTuple, Protocol
@@ -620,23 +620,24 @@ class NativeProducer(EngineProducer):
     ) -> list[Receipt]:
         connection, loop = self._connection, self._connection.loop
         deadline = loop.time() + timeout
-        unknown = any(self._session.topic(loop.time(), name) is None for name, _ in sends)
+        names = dict.fromkeys([name for name, _ in sends])
+        unknown = any(self._session.topic(loop.time(), name) is None for name in names)
         waiter = connection.future()
         async with self._turn(timeout, unknown):
-            topics = await self._find(sends, deadline)
+            topics = await self._find(names, deadline)
             resolved = [(topics[name], record) for name, record in sends]
             seq = self._session.transact(loop.time(), self._state, resolved, offsets, token, waiter, deadline)
         connection.pump()
         receipts: list[Receipt] = await self._answer(waiter, seq)
         return receipts
 
-    async def _find(self, sends: Sequence[tuple[str, Record]], deadline: float) -> dict[str, Topic]:
+    async def _find(self, names: Iterable[str], deadline: float) -> dict[str, Topic]:
         """The topics of a transaction. Raises UnknownTopic, or TransactionAborted when the line broke meanwhile."""
         connection, loop = self._connection, self._connection.loop
         topics: dict[str, Topic] = {}
         breaks = self._state.breaks
-        for name, _ in sends:
-            known = topics.get(name) or self._session.topic(loop.time(), name)
+        for name in names:
+            known = self._session.topic(loop.time(), name)
             if known is None:
                 core.check_topic(name)
                 looked = connection.future()
