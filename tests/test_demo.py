@@ -1,29 +1,41 @@
-"""`idemq demo`, both ways, and that it says so when nothing was shown."""
+"""`idemq demo`, each way, and that it says so when nothing was shown."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from idemq.client.cli import demo, main
+from idemq.client.cli import demo, demo_groups, main
 from idemq.testing import Faults
 
 pytestmark = pytest.mark.process
 
 SEED = 20261123
+GOOD = demo.Result(1, True, 10, 10, retries_absorbed=1, broker_kills=1, loader_kills=1, cuts=1, replies_lost=1)
+GOOD_GROUPS = demo.GroupResult(10, 10, worker_kills=1, broker_kills=1, zombies=1, zombies_refused=1, cuts=1)
+GOOD_EFFECTS = demo.EffectsResult(1, 10, 11, plain_doubled=1, keyed_rows=10, worker_kills=1, broker_kills=1, cuts=1)
+
+
+@pytest.fixture
+def act_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the first act."""
+    monkeypatch.setattr(demo, "_work", lambda args, seed: GOOD_GROUPS)
+
+
+@pytest.fixture
+def act_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the second act."""
+    monkeypatch.setattr(demo, "_load", lambda args, seed: GOOD)
 
 
 def test_each_message_is_found_once_whatever_happens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--seed", str(SEED), "--json"]) == 0
     shown = capsys.readouterr()
     result = json.loads(shown.out)
-    assert (result["in"], result["out"], result["lost"], result["duplicated"], result["unexpected"]) == (
-        demo.MESSAGES,
-        demo.MESSAGES,
-        0,
-        0,
-        0,
-    )
+    assert (result["in"], result["out"]) == (demo.MESSAGES, demo.MESSAGES)
+    assert (result["lost"], result["duplicated"], result["unexpected"]) == (0, 0, 0)
     assert (result["seed"], result["ok"], result["dedup"]) == (SEED, True, True)
     # One more of the broker: what is counted was read after a last kill.
     assert (result["broker_kills"], result["loader_kills"]) == (demo.KILLS + 1, demo.KILLS)
@@ -31,6 +43,40 @@ def test_each_message_is_found_once_whatever_happens(capsys: pytest.CaptureFixtu
     assert f"Seed {SEED}" in shown.err
     assert shown.err.count("the loader was killed") == demo.KILLS
     assert "\r" not in shown.err
+    # Act two.
+    groups = result["groups"]
+    assert (groups["inputs"], groups["outputs"]) == (demo_groups.MESSAGES, demo_groups.MESSAGES)
+    assert (groups["lost"], groups["duplicated"], groups["unexpected"]) == (0, 0, 0)
+    planned = Counter(demo_groups.VICTIMS)
+    done = (groups["worker_kills"], groups["zombies"], groups["broker_kills"])
+    assert done == (planned["worker"], planned["zombie"], planned["broker"] + 1)
+    assert 0 < groups["zombies_refused"] <= groups["zombies"]
+    assert groups["zombies_refused"] <= groups["lease_refusals"]
+    assert groups["cuts"] > 0
+
+
+@pytest.mark.usefixtures("act_two")
+def test_act_two_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--seed", str(SEED + 1)]) == 0
+    shown = capsys.readouterr()
+    fields = dict(line.split("\t") for line in shown.out.splitlines())
+    assert fields["groups_inputs"] == fields["groups_outputs"] == str(demo_groups.MESSAGES)
+    assert (fields["groups_lost"], fields["groups_duplicated"]) == ("0", "0")
+    assert shown.err.count("a worker wakes up (SIGCONT)") == int(fields["groups_zombies"]) > 0
+    assert f"Shown: {demo_groups.MESSAGES:,} messages, and exactly one output of each" in shown.err
+
+
+def test_effects_are_doubled_without_a_key_and_not_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--effects", "--seed", str(SEED)]) == 0
+    shown = capsys.readouterr()
+    fields = dict(line.split("\t") for line in shown.out.splitlines())
+    assert int(fields["plain_doubled"]) > 0
+    assert int(fields["plain_rows"]) == demo_groups.EFFECTS + int(fields["plain_doubled"])
+    assert (fields["keyed_rows"], fields["keyed_doubled"]) == (str(demo_groups.EFFECTS), "0")
+    assert (fields["plain_lost"], fields["keyed_lost"]) == ("0", "0")
+    planned = Counter(demo_groups.EFFECTS_VICTIMS)
+    assert (fields["worker_kills"], fields["broker_kills"]) == (str(planned["worker"]), str(planned["broker"] + 1))
+    assert f"Shown: {int(fields['plain_doubled']):,} plain rows too many" in shown.err
 
 
 def test_the_same_faults_without_dedup_make_duplicates(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +89,7 @@ def test_the_same_faults_without_dedup_make_duplicates(capsys: pytest.CaptureFix
     assert f"without dedup retries stored {int(fields['duplicated']):,} messages again" in shown.err
 
 
+@pytest.mark.usefixtures("act_one")
 def test_a_network_without_faults_shows_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +98,20 @@ def test_a_network_without_faults_shows_nothing(
     assert "FAILED: too little went wrong" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("act_two")
+@pytest.mark.parametrize(
+    ("argv", "says"), [([], "FAILED: too little went wrong"), (["--effects"], "FAILED: nothing was doubled")]
+)
+def test_workers_that_nothing_is_done_to_show_nothing(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"VICTIMS": [], "EFFECTS_VICTIMS": [], "MESSAGES": 1000, "EFFECTS": 1000}.items():
+        monkeypatch.setattr(demo_groups, name, value)
+    assert main(["demo", *argv]) == 1
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("act_one")
 def test_a_loader_that_fails_is_no_success(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TOPIC", "another")
     assert main(["demo", "--seed", str(SEED)]) == 1
@@ -60,32 +121,59 @@ def test_a_loader_that_fails_is_no_success(capsys: pytest.CaptureFixture[str], m
     assert "UNKNOWN_TOPIC" in shown.err
 
 
-GOOD = demo.Result(1, True, 10, 10, retries_absorbed=1, broker_kills=1, loader_kills=1, cuts=1, replies_lost=1)
+@pytest.mark.usefixtures("act_two")
+def test_a_worker_that_fails_is_no_success(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_groups, "INPUTS", "another")
+    assert main(["demo", "--seed", str(SEED)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "A worker ended with code 1" in shown.err
+    assert "UNKNOWN_TOPIC" in shown.err
 
 
 @pytest.mark.parametrize(
-    "spoiled",
+    ("good", "spoiled"),
     [
-        {"lost": 1},
-        {"duplicated": 1},
-        {"unexpected": 1},
-        {"retries_absorbed": 0},
-        {"broker_kills": 0},
-        {"loader_kills": 0},
-        {"cuts": 0},
-        {"replies_lost": 0},
+        *((GOOD, name) for name in ("retries_absorbed", "broker_kills", "loader_kills", "cuts", "replies_lost")),
+        *((GOOD, name) for name in ("lost", "duplicated", "unexpected")),
+        *((GOOD_GROUPS, name) for name in ("worker_kills", "broker_kills", "zombies_refused", "cuts")),
+        *((GOOD_GROUPS, name) for name in ("lost", "duplicated", "unexpected")),
+        *((GOOD_EFFECTS, name) for name in ("plain_doubled", "worker_kills", "broker_kills", "cuts")),
+        *((GOOD_EFFECTS, name) for name in ("plain_lost", "keyed_lost", "keyed_doubled")),
     ],
 )
-def test_what_spoils_the_demonstration(spoiled: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert GOOD.shown
-    assert not replace(GOOD, **spoiled).shown
-    demo._conclude(replace(GOOD, **spoiled))
+def test_what_spoils_the_demonstration(good: Any, spoiled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert good.shown
+    bad = replace(good, **{spoiled: 1 - getattr(good, spoiled)})
+    assert not bad.shown
+    conclude(bad)
     assert "FAILED" in capsys.readouterr().err
 
 
-def test_a_broken_promise_is_told_first(capsys: pytest.CaptureFixture[str]) -> None:
-    demo._conclude(replace(GOOD, lost=1, cuts=0))
+def conclude(result: Any) -> None:
+    if isinstance(result, demo.GroupResult):
+        demo._conclude_groups(result, SEED)
+    else:
+        (demo._conclude if isinstance(result, demo.Result) else demo._conclude_effects)(result)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(GOOD, lost=1, cuts=0),
+        replace(GOOD_GROUPS, duplicated=1, cuts=0),
+        replace(GOOD_EFFECTS, keyed_doubled=1, cuts=0),
+    ],
+)
+def test_a_broken_promise_is_told_first(bad: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    conclude(bad)
     assert "the promise does not hold" in capsys.readouterr().err
+
+
+def test_what_is_compared() -> None:
+    wanted = {b"a", b"b", b"c"}
+    assert demo_groups.compare(wanted, Counter(wanted)) == (0, 0, 0)
+    assert demo_groups.compare(wanted, Counter([b"a", b"a", b"a", b"b", b"x"])) == (1, 1, 2)
 
 
 def test_without_dedup_duplicates_are_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""`idemq demo`: the promise, shown. A broker and a worker are killed, replies get lost, old requests arrive late.
+"""`idemq demo`: the promise, shown. Act one, sending: a broker and a loader are killed, replies get lost, old requests
+arrive late. Act two, a group's workers, and the effects, which are not promised: `demo_groups.py`.
 
 It judges by what lies in the log at the end, read back after a last kill, and fails when nothing went wrong on the way:
 a demonstration in which no retry had to be absorbed would have demonstrated nothing.
@@ -14,17 +15,19 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any, TypeVar
 
 from ..client import connect
 from ..link import Faults, Link
 from ..testing import BrokerProcess
+from . import demo_groups
 from .arguments import Command, Parser
+from .demo_groups import EffectsResult, GroupResult, compare, kill, read_back
 from .errors import FAILURE, OK, CommandError
 from .loader import CHUNK, TOPIC, Said, value, write_position
 from .output import Progress, emit, record, say
@@ -36,7 +39,7 @@ KILLS = 4
 KILL_DELAY_S_MAX = 0.01
 """A kill follows the loader's word within this time, so that it falls into the next chunk at any place."""
 SECONDS_MAX = 120.0
-"""Something hangs. It takes about 10 s."""
+"""Something hangs. Each act takes about 10 s."""
 FAULTS = Faults(
     cut_replies_per_kb=0.5,
     cut_requests_per_kb=0.01,
@@ -46,9 +49,12 @@ FAULTS = Faults(
 """Mean distances of 1.5 to 2 KiB of replies (some 30 bytes each) and 25 to 100 KiB of requests (1 KiB each)."""
 
 
+ActResult = TypeVar("ActResult", "Result", GroupResult, EffectsResult)
+
+
 @dataclass
 class Result:
-    """What went in, what was found, and what had been done to it on the way."""
+    """Act one: what went in, what was found, and what had been done to it on the way."""
 
     seed: int
     dedup: bool
@@ -174,26 +180,17 @@ class _Demo:
                 await process.wait()
 
     async def _kill_broker(self, broker: BrokerProcess) -> None:
-        code = await broker.kill()
-        if code != -signal.SIGKILL:
-            raise CommandError(f"The broker ended by itself, with code {code}: {broker.stderr or '(it said nothing)'}")
+        await kill(broker)
         self.result.broker_kills += 1
-        self._tell("the broker was killed (SIGKILL) and is started again")
-        await broker.restart()
+        self._tell("the broker was killed (SIGKILL) and started again")
 
     async def _read_back(self, broker: BrokerProcess) -> None:
-        found: Counter[bytes] = Counter()
-        async with connect(broker.url) as mq, mq.subscribe(TOPIC) as sub:
-            while any(sub.lag().values()):
-                async for batch in sub.batches(max_messages=1000):
-                    found.update(message.value for message in batch)
-                    if not any(sub.lag().values()):
-                        break
-        sent = {value(index) for index in range(self.result.messages_in)}
-        self.result.messages_out = found.total()
-        self.result.lost = len(sent - found.keys())
-        self.result.unexpected = len(found.keys() - sent)
-        self.result.duplicated = found.total() - len(found)
+        async with connect(broker.url) as mq:
+            found = await read_back(mq, TOPIC)
+        result = self.result
+        result.messages_out = found.total()
+        sent = {value(index) for index in range(result.messages_in)}
+        result.lost, result.unexpected, result.duplicated = compare(sent, found)
 
     def _show(self, link: Link) -> None:
         counts = link.counts
@@ -207,27 +204,76 @@ class _Demo:
 
 def _demo(args: Namespace) -> int:
     seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
-    dedup = not args.without_dedup
-    say(f"A broker, a worker that loads {MESSAGES:,} messages, and a network between them that cuts, loses replies")
-    say(f"and delivers late. Both processes are killed on the way. Seed {seed}.")
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="idemq-demo-") as directory, Progress("messages", MESSAGES) as progress:
-        demo = _Demo(seed, dedup, Path(directory), progress)
-        try:
-            asyncio.run(asyncio.wait_for(demo.run(), SECONDS_MAX))
-        except TimeoutError:
-            raise CommandError(f"This did not end within {SECONDS_MAX:.0f} s. Again: --seed {seed}.") from None
-    result = demo.result
-    result.seconds = round(time.monotonic() - began, 1)
+    if args.effects:
+        return _effects(args, seed)
+    loaded = _load(args, seed)
+    if args.without_dedup:
+        if args.json:
+            emit(_fields(loaded) | {"ok": loaded.shown})
+        return OK if loaded.shown else FAILURE
+    say("")
+    worked = _work(args, seed)
+    shown = loaded.shown and worked.shown
     if args.json:
-        emit(_fields(result) | {"ok": result.shown})
-    else:
+        emit(_fields(loaded) | {"groups": asdict(worked), "ok": shown})
+    return OK if shown else FAILURE
+
+
+def _load(args: Namespace, seed: int) -> Result:
+    act = "" if args.without_dedup else "Act one. "
+    say(f"{act}A broker, a worker that loads {MESSAGES:,} messages, and a network between them that cuts, loses")
+    say(f"replies and delivers late. Both processes are killed on the way. Seed {seed}.")
+
+    async def load(directory: Path, progress: Progress) -> Result:
+        demo = _Demo(seed, not args.without_dedup, directory, progress)
+        await demo.run()
+        return demo.result
+
+    result = _timed(seed, MESSAGES, load)
+    if not args.json:
         record(args, _fields(result), {"seed": str})
         _conclude(result)
+    return result
+
+
+def _work(args: Namespace, seed: int) -> GroupResult:
+    count, workers = demo_groups.MESSAGES, demo_groups.WORKERS
+    say(f"Act two. A group of {workers} workers turns each of {count:,} messages into another one, behind such a")
+    say("network. Workers are killed, or stopped until others have their partitions and then woken up: zombies.")
+    result = _timed(seed, count, lambda directory, progress: demo_groups.groups(seed, directory, progress))
+    if not args.json:
+        record(args, {f"groups_{name}": value for name, value in asdict(result).items()})
+        _conclude_groups(result, seed)
+    return result
+
+
+def _effects(args: Namespace, seed: int) -> int:
+    count, workers = demo_groups.EFFECTS, demo_groups.WORKERS
+    say(f"A group of {workers} workers writes each of {count:,} messages to a database in two ways: as a plain row,")
+    say("and as a row with message.uid as its key (ON CONFLICT DO NOTHING). Then it commits its position.")
+    say(f"Workers and the broker are killed on the way. Seed {seed}.")
+    result = _timed(seed, count, lambda directory, progress: demo_groups.effects(seed, directory, progress))
+    if args.json:
+        emit(asdict(result) | {"ok": result.shown})
+    else:
+        record(args, asdict(result), {"seed": str})
+        _conclude_effects(result)
     return OK if result.shown else FAILURE
 
 
-def _fields(result: Result) -> dict[str, int | float | bool]:
+def _timed(seed: int, messages: int, act: Callable[[Path, Progress], Coroutine[Any, Any, ActResult]]) -> ActResult:
+    """Play one act in a directory of its own. Raises CommandError if it hangs."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="idemq-demo-") as directory, Progress("messages", messages) as progress:
+        try:
+            result = asyncio.run(asyncio.wait_for(act(Path(directory), progress), SECONDS_MAX))
+        except TimeoutError:
+            raise CommandError(f"This did not end within {SECONDS_MAX:.0f} s. Again: --seed {seed}.") from None
+    result.seconds = round(time.monotonic() - began, 1)
+    return result
+
+
+def _fields(result: Result) -> dict[str, Any]:
     fields = asdict(result)
     given = {name: fields.pop(name) for name in ("seed", "dedup")}
     return given | {"in": fields.pop("messages_in"), "out": fields.pop("messages_out")} | fields
@@ -254,9 +300,35 @@ def _conclude(result: Result) -> None:
         say(f"The same kind of faults with dedup: idemq demo --seed {result.seed}")
 
 
+def _conclude_groups(result: GroupResult, seed: int) -> None:
+    if result.broken:
+        say(f"FAILED: the promise does not hold. Please report this, with --seed {seed}.")
+    elif not result.shown:
+        say(f"FAILED: too little went wrong for this to show anything. Try another seed than {seed}.")
+    else:
+        say("Promised: what a worker makes of a message is stored together with its group's position, or not at all.")
+        say(f"Shown: {result.inputs:,} messages, and exactly one output of each when the log was read back, although")
+        say(f"{result.zombies_refused} zombies came with results that others had stored by then: they were refused.")
+        say("Not promised: once for what a worker does elsewhere, as in your database. See: idemq demo --effects")
+
+
+def _conclude_effects(result: EffectsResult) -> None:
+    if result.broken:
+        say(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
+    elif not result.shown:
+        say(f"FAILED: nothing was doubled, or too little went wrong. Try another seed than {result.seed}.")
+    else:
+        say(f"Shown: {result.plain_doubled:,} plain rows too many. When a worker is killed behind its write and before")
+        say("the commit of its position, another one is handed the same messages: at least once. No broker can know.")
+        say("With message.uid as the key there is none: it stays the same, however often a message is delivered.")
+
+
 def _arguments(parser: Parser) -> None:
     about = "the same kind of faults, and a worker that retries as everyone else's does: duplicates"
-    parser.add_argument("--without-dedup", action="store_true", help=about)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--without-dedup", action="store_true", help=about)
+    about = "what workers write elsewhere is doubled by kills, unless each write is idempotent"
+    only.add_argument("--effects", action="store_true", help=about)
     parser.add_argument("--seed", type=int, metavar="N", help="where the faults and kills fall (default: random)")
 
 
