@@ -257,7 +257,8 @@ class GroupConsumer:
             for leased in revoked:
                 leased.state = "releasing"
                 self._reader.pause(leased.reading, True)
-                self._spawn(self._give_up, leased)
+            if revoked:
+                self._spawn(self._give_up, revoked)
             if granted:
                 self._spawn(self._take_up, granted)
 
@@ -271,19 +272,22 @@ class GroupConsumer:
         await self._call(self._on_assigned, granted)
         self._reader.add([leased.reading for leased in granted if leased.state == "held"])
 
-    async def _give_up(self, leased: Leased) -> None:
-        """What is revoked is finished, then given back; or it is taken, if that takes too long."""
-        while leased.state == "releasing" and self._in_hand(leased):
-            self._progress.clear()
-            await self._progress.wait()
-        if leased.state == "releasing":
-            await self._call(self._on_revoked, [leased])
-        if leased.state == "releasing":  # it may have been taken meanwhile
-            leased.state = "gone"
-            del self.held[leased.reading.key]
-            self._reader.remove([leased.reading.key])
+    async def _give_up(self, revoked: list[Leased]) -> None:
+        """What is revoked is finished, then given back, as many at once as are; or it is taken, if that takes long."""
+        while revoked := [leased for leased in revoked if leased.state == "releasing"]:
+            finished = [leased for leased in revoked if not self._in_hand(leased)]
+            if not finished:
+                self._progress.clear()
+                await self._progress.wait()
+                continue
+            await self._call(self._on_revoked, finished)
+            finished = [leased for leased in finished if leased.state == "releasing"]  # not taken meanwhile
             assert self._member is not None
-            self._member.give_back(leased.reading.key)
+            for leased in finished:
+                leased.state = "gone"
+                del self.held[leased.reading.key]
+                self._member.give_back(leased.reading.key)
+            self._reader.remove([leased.reading.key for leased in finished])
 
     async def _call(self, callback: Callback | None, partitions: list[Leased]) -> None:
         """One callback at a time."""
