@@ -388,6 +388,8 @@ class GroupConsumer:
         request = wire.Seek(self.group, *key, secrets.token_hex(12), leased.lease, to, self._member.name)
         sought = await self._engine.seek(request, self._timeout)
         held = self.held.get(key)
+        if held is not None and held.lease == sought.lease:
+            return  # the answer to a heartbeat came first: it is held from there already
         if held is None or held.lease != leased.lease:
             raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost")
         self._member.sought(key, sought.lease)

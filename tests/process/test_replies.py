@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,132 @@ async def _late_bytes(directory: Path) -> None:
 @pytest.mark.process
 def test_an_old_connections_late_bytes_change_nothing(tmp_path: Path) -> None:
     asyncio.run(_late_bytes(tmp_path / "data"))
+
+
+# ---------------------------------------------------------------------------------------------------------- groups
+
+
+class GroupScript:
+    """One script of a group's member, run again and again with the reply stream cut one byte later each time."""
+
+    def __init__(self, url: str, link: testing.Link, mq: idemq.Client, name: str) -> None:
+        self.url = url
+        self.link = link
+        self.mq = mq
+        """A client of the test's own, whose connection nobody cuts."""
+        self.source = f"in-{name}"
+        self.output = f"out-{name}"
+        self.group = f"group-{name}"
+        self.sent = 0
+
+    async def fill(self, count: int) -> None:
+        """So many messages more in each of the two partitions."""
+        records = [idemq.Record(b"%d" % (self.sent + n), partition=n % 2) for n in range(2 * count)]
+        self.sent += 2 * count
+        async with self.mq.producer() as producer:
+            await producer.send_many(self.source, records)
+
+    async def copy(self, sub: idemq.Subscription, producer: idemq.Producer) -> None:
+        """A transaction for each batch, until all that is assigned is done."""
+        wanted = [partition for _, partition in sub.assigned]
+        async for batch in sub.batches(max_wait=0.0):
+            with suppress(idemq.LeaseLost):  # somebody sought, and it hears of that only now
+                async with producer.transaction(batch) as tx:
+                    for message in batch:
+                        tx.send(self.output, message.value)
+            positions = await self.positions()
+            if all(positions[partition] == self.sent // 2 for partition in wanted):
+                break
+
+    async def positions(self) -> list[int]:
+        return [one.next for one in (await self.mq.describe_group(self.group)).offsets]
+
+    async def every_byte(self, script: Callable[[], Awaitable[None]], first: int, step: int) -> int:
+        """Cuts after byte `first`, `first + step`, … until the script runs through uncut; returns where that was."""
+        await self.mq.create_topic(self.source, partitions=2)
+        await self.mq.create_topic(self.output)
+        place = first
+        while True:
+            cuts = self.link.counts.cuts
+            self.link.cut_reply_at(place)
+            await script()
+            assert await self.positions() == [self.sent // 2] * 2
+            assert (await self.mq.describe_group(self.group)).members == []
+            if self.link.counts.cuts == cuts:
+                break
+            place += step
+        await self.link.heal()
+        async with self.mq.subscribe(self.output) as sub:
+            copied: list[int] = []
+            while sum(sub.lag().values()):
+                async for batch in sub.batches():
+                    copied += [int(message.value) for message in batch]
+                    break
+        assert sorted(copied) == list(range(self.sent))
+        return place
+
+    async def commits_and_seeks(self) -> None:
+        """Join, fetch, transact, commit, seek, leave."""
+        await self.fill(2)
+        async with (
+            idemq.connect(self.url, timeout=30) as mq,
+            mq.subscribe(self.source, group=self.group) as sub,
+            mq.producer() as producer,
+        ):
+            end = self.sent // 2
+            assert sub.positions() == {(self.source, 0): end - 2, (self.source, 1): end - 2}
+            await sub.seek(self.source, 0, end - 1)
+            assert sorted(await self.positions()) == [end - 2, end - 1]
+            await sub.seek(self.source, 0, end - 2)
+            assert await self.positions() == [end - 2, end - 2]
+            await self.copy(sub, producer)
+            assert await self.positions() == [end, end]
+            await sub.seek(self.source, 1, end - 2)
+            async for message in sub:
+                assert (message.partition, message.offset) == (1, end - 2)
+                break
+            await sub.commit()
+            assert await self.positions() == [end, end - 1]
+            async for message in sub:
+                await sub.commit(message)
+                break
+
+    async def comings_and_goings(self) -> None:
+        """Join, be revoked one of two, be granted it again, lose one to somebody who seeks, get it back, leave."""
+        await self.fill(1)
+        async with (
+            idemq.connect(self.url, timeout=30) as mq,
+            mq.subscribe(self.source, group=self.group) as sub,
+            mq.producer() as producer,
+        ):
+            async with self.mq.subscribe(self.source, group=self.group) as other, self.mq.producer() as another:
+                while (len(sub.assigned), len(other.assigned)) != (1, 1):  # noqa: ASYNC110 - nobody to wake
+                    await asyncio.sleep(0.001)
+                await self.copy(other, another)
+            while len(sub.assigned) != 2:  # noqa: ASYNC110 - nobody to wake
+                await asyncio.sleep(0.001)
+            position = (await self.positions())[0]
+            await self.mq.seek_group(self.group, self.source, position, partition=0)
+            await self.copy(sub, producer)
+
+
+async def _every_byte_of_every_group_reply(directory: Path, script: str) -> None:
+    """Several at once, since each waits for its client to come back."""
+    at_once = 32
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(testing.BrokerProcess(directory))
+        mq = await stack.enter_async_context(idemq.connect(broker.url, timeout=30))
+        running: list[Awaitable[int]] = []
+        for first in range(at_once):
+            link = await stack.enter_async_context(testing.Link(broker.host, broker.port))
+            one = GroupScript(link.url, link, mq, str(first))
+            running.append(one.every_byte(getattr(one, script), first, at_once))
+        places = await asyncio.gather(*running)
+        print(f"{script}: cut at each of {min(places)} bytes")
+        assert min(places) > 300, "the script's replies are longer than that"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("script", ["commits_and_seeks", "comings_and_goings"])
+def test_every_byte_of_every_reply_to_a_member(script: str, tmp_path: Path) -> None:
+    asyncio.run(_every_byte_of_every_group_reply(tmp_path / "data", script))
