@@ -294,3 +294,11 @@ def serials_of(connections: Connections[Request, Reply], owner: int) -> set[int]
 def serial_needed(connections: Connections[Request, Reply], serial_newest: int) -> int:
     """A serial is worth remembering only while there is an older connection that it could refuse; otherwise 0."""
     return serial_newest if any(one.serial < serial_newest for one in connections) else 0
+
+
+Item = TypeVar("Item")
+
+
+def replaced(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...]:
+    """The tuple with one item replaced."""
+    return (*items[:index], item, *items[index + 1 :])

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from . import consumer, guards, producer
+from . import attempts, consumer, guards, producer
 from .explorer import STUCK, Model
 from .guards import Guards
 
-Bounds = producer.Bounds | consumer.Bounds
+Bounds = producer.Bounds | consumer.Bounds | attempts.Bounds
 
 
 def model(bounds: Bounds, rules: Guards) -> Model[Any]:
     """The model for these bounds, under these rules."""
     if isinstance(bounds, producer.Bounds):
         return producer.Producers(bounds, rules)
+    if isinstance(bounds, attempts.Bounds):
+        return attempts.Attempts(bounds, rules)
     return consumer.Group(bounds, rules)
 
 
@@ -69,6 +71,12 @@ def group(
     )
 
 
+def poisoned(*faults: str, poison: tuple[tuple[int, ...], ...], inputs: int = 3, workers: int = 1) -> attempts.Bounds:
+    """A group with inputs that kill. A fault is named as often as it may happen."""
+    counted = attempts.Faults(**{name: faults.count(name) for name in faults})
+    return attempts.Bounds(poison=poison, inputs=inputs, workers=workers, faults=counted)
+
+
 SINGLE = (1,)
 """Batches of one record."""
 
@@ -103,15 +111,42 @@ SMALL: dict[str, Bounds] = {
     "the store is restored": one_name("restores", "zombies", records=(2,), instances=2, application_numbers=False),
     # ---- a group with leases and transactions
     "leases expire": group("cuts", "expiries"),
-    "leases expire, broker crash": group("expiries", "broker_crashes"),
+    "leases expire, broker crash": group("expiries", "broker_crashes", inputs=1),
     "workers die, two in flight": group("deaths", "broker_crashes", in_flight=2, inputs=1),
     "output topic gone, two in flight": group("cuts", "topic_losses", in_flight=2, workers=1),
-    "output topic gone, leases expire": group("cuts", "topic_losses", "expiries", inputs=1),
+    "output topic gone, leases expire": group("topic_losses", "expiries", inputs=1),
     "run again under a new name": group("cuts", "reruns", "broker_crashes", workers=1),
     "transactions without a producer": group("cuts", "expiries", inputs=1, producers=False),
     "plain offset commits": group("cuts", "expiries", "plain_commits", inputs=1, in_flight=2),
+    # ---- members: heartbeats, giving back, expiring, coming back
+    "a partition is revoked": group("revocations", "cuts", inputs=1),
+    "revoked beside a transaction": group("revocations", "reports", inputs=1),
+    "old heartbeats, revoked": group("reports", "cuts", "revocations", inputs=1, workers=1),
+    "old heartbeats, expired": group("reports", "cuts", "expiries", inputs=1, workers=1),
+    "two partitions, one is revoked": group("revocations", partitions=2, inputs=1),
+    # ---- seeks
+    "a holder seeks": group("seeks", "cuts", "reports", inputs=1, workers=1),
+    "a holder seeks, broker crash": group("seeks", "cuts", "broker_crashes", inputs=1, workers=1),
+    "a holder seeks, leases expire": group("seeks", "expiries", "reports", inputs=1),
+    "a holder seeks, revoked": group("seeks", "revocations", inputs=1),
+    "an operator seeks": group("operator_seeks", "expiries", inputs=1),
+    "an operator seeks, cut": group("operator_seeks", "cuts", workers=1),
+    "an operator seeks, broker crash": group("operator_seeks", "broker_crashes", inputs=1, workers=1),
+    "an operator seeks, without a producer": group("operator_seeks", "cuts", inputs=1, workers=1, producers=False),
+    "an operator seeks, plain offset commits": group("operator_seeks", "cuts", "plain_commits", inputs=1, workers=1),
+    "an operator seeks, a group fails": group("operator_seeks", "group_failures", inputs=1, workers=1),
+    "holder and operator seek": group("seeks", "operator_seeks", inputs=1, workers=1),
+    # ---- inputs that kill
+    "poison": poisoned(poison=((0, 2),)),
+    "poison, workers are killed": poisoned("kills", "kills", poison=((1,),), workers=2),
+    "poison, members expire": poisoned("expiries", "expiries", poison=((1,),), workers=2),
+    "poison, everything": poisoned(
+        "kills", "expiries", "takings", "broker_crashes", poison=((1,),), inputs=2, workers=2
+    ),
+    "poison beside innocents": poisoned("kills", poison=((), (1,)), inputs=2),
+    "two workers, poison beside innocents": poisoned(poison=((), (1,)), inputs=2, workers=2),
     # ---- further than the first models went: several partitions, group failure, open
-    "two partitions, leases expire": group("expiries", partitions=2, inputs=1),
+    "two partitions, leases expire": group("expiries", "reports", partitions=2, inputs=1),
     "two partitions, cut and crash": group("cuts", "broker_crashes", partitions=2, inputs=1, workers=1),
     "two partitions, run again": group("cuts", "reruns", partitions=2, inputs=1, workers=1),
     "two partitions, a group fails": group("group_failures", "cuts", partitions=2, inputs=1, workers=1),
@@ -139,6 +174,8 @@ LARGE: dict[str, Bounds] = {
     ),
     "a group fails, 3 records": one_name("cuts", "group_failures", "topic_losses", records=(2, 5, 7)),
     "a restart while the topic is gone": one_name("application_crashes", "cuts", "topic_losses", instances=2),
+    "leases expire, broker crash, two inputs": group("expiries", "broker_crashes"),
+    "output topic gone, leases expire, cut": group("cuts", "topic_losses", "expiries", inputs=1),
     "leases expire, cut and crash": group("cuts", "expiries", "broker_crashes"),
     "leases expire, two in flight": group("cuts", "expiries", in_flight=2),
     "leases expire twice, three workers": group("expiries", "expiries", workers=3, inputs=1),
@@ -149,6 +186,24 @@ LARGE: dict[str, Bounds] = {
     "two partitions, cut": group("cuts", "expiries", partitions=2, inputs=1),
     "two partitions, two inputs": group("expiries", partitions=2),
     "two partitions, a group fails, expiry": group("group_failures", "expiries", partitions=2, inputs=1),
+    "two partitions, two are revoked": group("revocations", "revocations", partitions=2, inputs=1),
+    "two partitions, revoked, leases expire": group("revocations", "expiries", partitions=2, inputs=1),
+    "revoked twice": group("revocations", "revocations", "cuts", inputs=1),
+    "revoked, two inputs": group("revocations", "cuts"),
+    "old heartbeats, two workers": group("reports", "cuts", "expiries", inputs=1),
+    "a holder seeks, expiry and death": group("seeks", "cuts", "expiries", "deaths"),
+    "a holder seeks, expiry and cut, beside": group("seeks", "cuts", "expiries", "reports", inputs=1),
+    "an operator seeks, expiry and cut": group("operator_seeks", "cuts", "expiries", inputs=1),
+    "an operator seeks, a group fails, cut": group("operator_seeks", "group_failures", "cuts", inputs=1, workers=1),
+    "two operators' seeks": group("operator_seeks", "operator_seeks", "cuts", inputs=1, workers=1),
+    "holder and operator seek, cut": group("seeks", "operator_seeks", "cuts", inputs=1, workers=1),
+    "poison, everything, 3 inputs": poisoned(
+        "kills", "expiries", "takings", "broker_crashes", poison=((1,),), workers=2
+    ),
+    "poison in two partitions": poisoned("kills", "broker_crashes", poison=((1,), (0,)), inputs=2),
+    "poison beside innocents, kills and expiries": poisoned(
+        "kills", "expiries", poison=((), (0,)), inputs=2, workers=2
+    ),
     "a group fails, cut": group("group_failures", "cuts", "expiries", inputs=1),
     "takeover, two inputs, expiry": group("zombies", "cuts", "expiries", shared_name=True, remembered=1),
     "takeover, crash": group("zombies", "cuts", "broker_crashes", shared_name=True, inputs=1),
@@ -171,6 +226,9 @@ DELETED = one_name("deletions", "cuts", "zombies", records=(2,), instances=2, ap
 RACE = one_name("zombies", batches=SINGLE, instances=2)
 TAKEOVER = group("zombies", "expiries", shared_name=True)
 EXPIRY = group("expiries", inputs=1)
+OPERATOR = group("operator_seeks", "seeks", "cuts", inputs=1, workers=1)
+SEEKS = group("seeks", "reports", inputs=1, workers=1)
+GHOST = group("cuts", "reports", inputs=1, workers=1)
 
 TABLE: dict[str, list[Removal]] = {
     # The rows of the protocol page, section 4, by the names they have there.
@@ -241,6 +299,20 @@ TABLE: dict[str, list[Removal]] = {
             one_name("timeouts", "topic_losses", batches=SINGLE),
         ),
     ],
+    "poison": [
+        Removal((rule,), guards.INNOCENT_PUT_ASIDE, bounds)
+        for rule, bounds in (
+            ("unclean_ends_suspect", poisoned(poison=((1,),))),
+            ("suspects_alone", poisoned(poison=((1,),))),
+            ("suspects_alone_in_member", poisoned(poison=((), (0,)), inputs=1)),
+            ("nothing_beside_a_suspect", poisoned(poison=((0, 2),))),
+            ("attempts_counted_ahead", poisoned(poison=((), (0,)), inputs=2)),
+            ("attempts_counted_ahead", poisoned("expiries", "expiries", poison=((1,),))),
+        )
+    ],
+    "dead letter": [
+        Removal(("dead_letter_with_position",), guards.DEAD_LETTER_TWICE, poisoned("kills", poison=((1,),))),
+    ],
     "lease bump": [
         Removal(("grants_bump",), guards.FALSE_OFFSET_MOVED, group("expiries")),
         Removal(("grants_bump", "start_checked"), guards.OUTPUT_TWICE, group("expiries")),
@@ -254,7 +326,28 @@ TABLE: dict[str, list[Removal]] = {
         Removal(("grants_read_decided", "start_checked"), guards.OUTPUT_TWICE, group("expiries")),
     ],
     "forward-only": [
-        Removal(("offsets_move_forward",), guards.OUTPUT_TWICE, group("cuts", "expiries", "plain_commits")),
+        Removal(("offsets_move_forward",), guards.WENT_BACK, group("cuts", "plain_commits", workers=1)),
+    ],
+    "adoption compares the lease": [
+        Removal(("adoption_compares_lease",), guards.FALSE_LEASE_LOST, group("expiries", "broker_crashes", inputs=1)),
+    ],
+    "session fence": [
+        Removal(("sessions_fenced",), guards.FALSE_LEASE_LOST, group("reports", "cuts", fault, inputs=1, workers=1))
+        for fault in ("expiries", "revocations")
+    ],
+    "seek CAS": [
+        Removal(("seeks_compare",), guards.SEEK_TWICE, OPERATOR),
+        Removal(("seeks_bump",), guards.SEEK_TWICE, OPERATOR),
+        Removal(("repeated_race_is_unknown",), guards.SEEK_TWICE, OPERATOR),
+        Removal(("seeks_are_named", "repeated_race_is_unknown"), guards.SEEK_TWICE, OPERATOR),
+        Removal(
+            ("repeated_race_is_unknown",), guards.NOT_STORED_BUT_STORED, group("seeks", "cuts", "expiries", inputs=1)
+        ),
+        Removal(("seeks_are_named",), guards.SEEK_LOST, group("seeks", "expiries", "deaths")),
+    ],
+    "answers match the report": [
+        Removal(("answers_match_report",), guards.FALSE_OFFSET_MOVED, SEEKS),
+        Removal(("answers_match_report", "start_checked"), guards.OUTPUT_TWICE, SEEKS),
     ],
     "incarnation": [
         Removal(
@@ -288,7 +381,7 @@ FURTHER: dict[str, list[Removal]] = {
         Removal(
             ("fenced_tells_end",),
             guards.NOT_STORED_BUT_STORED,
-            group("zombies", "cuts", "expiries", shared_name=True, remembered=1),
+            group("zombies", "cuts", shared_name=True, in_flight=2, remembered=1),
         ),
     ],
     "H5": [
@@ -301,7 +394,7 @@ FURTHER: dict[str, list[Removal]] = {
         Removal(("failure_discards_following",), guards.OUTPUT_MISSING, group("group_failures", "expiries")),
         Removal(("failure_discards_replies",), guards.LOST, group("group_failures", "expiries", inputs=1)),
     ],
-    "H13": [Removal(("grants_repeat",), guards.FALSE_LEASE_LOST, group("cuts", workers=1, inputs=1))],
+    "H13": [Removal(("grants_repeat", "sessions_fenced"), guards.FALSE_LEASE_LOST, GHOST)],
     "H14": [
         Removal(("tail_fails_with_head",), guards.HOLE, one_name(too_large=(2,), batches=SINGLE)),
         Removal(
@@ -328,7 +421,7 @@ FURTHER: dict[str, list[Removal]] = {
         Removal(
             ("refusals_ask_the_unsent",),
             guards.NOT_STORED_BUT_STORED,
-            group("cuts", "expiries", "plain_commits", in_flight=2),
+            group("cuts", "operator_seeks", "plain_commits", in_flight=2, workers=1),
         ),
     ],
     "LEASE_LOST tells where the lease ended": [
@@ -343,13 +436,15 @@ FURTHER: dict[str, list[Removal]] = {
         Removal(("takeovers_forget_serial", "stale_reconnects"), guards.FALSE_STALE, TAKEOVER),
     ],
     "each entry of a transaction is checked": [
-        Removal(("every_lease_checked",), guards.STALE_LEASE, group("expiries", partitions=2, inputs=1)),
+        Removal(("every_lease_checked",), guards.STALE_LEASE, group("revocations", partitions=2, inputs=1)),
         Removal(
-            ("every_start_checked",), guards.OUTPUT_TWICE, group("cuts", "reruns", partitions=2, inputs=1, workers=1)
+            ("every_start_checked",),
+            guards.OUTPUT_TWICE,
+            group("cuts", "reruns", "revocations", partitions=2, inputs=1, workers=1),
         ),
     ],
     "everything or nothing": [
-        Removal(("all_or_nothing",), guards.NOT_STORED_BUT_STORED, group("expiries", partitions=2, inputs=1)),
+        Removal(("all_or_nothing",), guards.NOT_STORED_BUT_STORED, group("revocations", partitions=2, inputs=1)),
     ],
     "open in a group": [
         Removal(("epoch_checked",), guards.FENCED_APPENDS, group("zombies", shared_name=True, inputs=1)),
@@ -364,6 +459,24 @@ REDUNDANT: dict[str, Removal] = {
     "a takeover keeps the serial, the client connects again": Removal(("takeovers_forget_serial",), "", RACE),
     "a takeover clears the serial, no client is ever stale": Removal(("stale_reconnects",), "", RACE),
     "a takeover keeps the serial, in a group": Removal(("takeovers_forget_serial",), "", TAKEOVER),
+    "an old heartbeat is read, a lease is told again": Removal(("sessions_fenced",), "", GHOST),
+    "an old heartbeat is refused, each grant is new": Removal(("grants_repeat",), "", GHOST),
+}
+
+UNNEEDED: dict[str, Removal] = {
+    # Good manners: no property needs them, whatever happens.
+    "granted before it is given back": Removal(
+        ("given_back_before_granted",), "", group("revocations", "revocations", inputs=1)
+    ),
+    "granted before it is given back, cut": Removal(
+        ("given_back_before_granted",), "", group("revocations", "cuts", inputs=1)
+    ),
+    "granted before it is given back, two partitions": Removal(
+        ("given_back_before_granted",), "", group("revocations", partitions=2, inputs=1)
+    ),
+    "a holder's seek is not recognised": Removal(("seeks_repeat",), "", group("seeks", "cuts", inputs=1)),
+    "an operator's seek is not recognised": Removal(("seeks_repeat",), "", OPERATOR),
+    "an old seek is read": Removal(("sessions_fenced",), "", OPERATOR),
 }
 
 REMOVALS = {

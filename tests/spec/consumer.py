@@ -1,17 +1,21 @@
-"""A group of workers that consume, process and produce: leases on partitions, transactions that move positions in one
-or several of them together with their output, plain offset commits, and the workers' own producers.
+"""A group of workers that consume, process and produce: heartbeats and leases on partitions, transactions that move
+positions in one or several of them together with their output, plain offset commits, seeks, and the workers' producers.
 
-Each worker joins the group for every partition, takes what nobody holds, and runs one transaction over the next input
-of all partitions it holds. Leases expire at any time, workers die, connections are cut and deliver late, the broker
-crashes, a group commit fails, the output topic goes and comes back, a user runs a transaction of unknown outcome again
-under a new name, and a second run of a worker takes its producer's name over. What a worker reads is always durable.
+Each worker reports what it holds, is granted what nobody holds, and runs one transaction over the next input of all
+partitions it holds. Members expire at any time, partitions are revoked, workers die, connections are cut and deliver
+late, the broker crashes, a group commit fails, a holder or an operator seeks back to the first input, the output topic
+goes and comes back, a user runs a transaction of unknown outcome again under a new name, and a second run of a worker
+takes its producer's name over. What a worker reads is always durable.
+
+There is no time: whoever is silent, or does not give back, may be replaced at any moment. Who is to hold what is not
+modelled either: a partition that nobody holds goes to any member that reports next. Neither may matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from . import broker
 from .broker import (
@@ -32,6 +36,7 @@ from .broker import (
     Disk,
     Numbers,
     Row,
+    replaced,
 )
 from .explorer import Step, Violation
 from .guards import (
@@ -47,7 +52,10 @@ from .guards import (
     NOT_STORED_BUT_STORED,
     OUTPUT_MISSING,
     OUTPUT_TWICE,
+    SEEK_LOST,
+    SEEK_TWICE,
     STALE_LEASE,
+    WENT_BACK,
     Guards,
 )
 
@@ -58,7 +66,15 @@ class Faults(NamedTuple):
     cuts: int = 0
     broker_crashes: int = 0
     expiries: int = 0
-    """A lease expires although its holder lives and works."""
+    """A member counts as gone although it lives and works."""
+    revocations: int = 0
+    """A partition is to be given back by its holder."""
+    reports: int = 0
+    """A worker reports beside its transactions, or though there is no news; not a fault, but it needs a bound."""
+    seeks: int = 0
+    """The holder of a partition goes back to its first input; not a fault, but it needs a bound."""
+    operator_seeks: int = 0
+    """And so does somebody who holds nothing."""
     topic_losses: int = 0
     group_failures: int = 0
     deaths: int = 0
@@ -94,16 +110,27 @@ class Bounds:
 # ------------------------------------------------------------------------------------------------- the state
 
 
+class SeekName(NamedTuple):
+    """Tells one Seek from another: its nonce."""
+
+    client: int
+    number: int
+
+
 class Lease(NamedTuple):
     """What the broker stores about the group's position in a partition."""
 
     next: int
     number: int
     session: int
-    """The worker that was granted this lease; -1: nobody ever."""
+    """The worker that holds the partition; NOBODY: given back, or its member is gone."""
     ended_number: int
     ended_at: int
     """The lease before, and the position at its hand-over."""
+    sought_by: SeekName | None
+    """The last Seek."""
+    turn: int
+    """How often a Seek went back to the first input. Known to the properties, not to the broker."""
 
 
 class Output(NamedTuple):
@@ -111,6 +138,7 @@ class Output(NamedTuple):
 
     partition: int
     position: int
+    turn: int
     transaction: Transaction
 
 
@@ -129,6 +157,8 @@ class Store(NamedTuple):
     rows: tuple[Row | None, ...]
     """Of each producer name."""
     outputs: tuple[Output, ...]
+    sought: tuple[SeekName, ...]
+    """The seeks that were applied. Known to the properties, not to the broker."""
     counter: int
 
 
@@ -151,11 +181,18 @@ class Open(NamedTuple):
     expected: int
 
 
-class Join(NamedTuple):
-    """Request: a lease on this partition."""
+class Heartbeat(NamedTuple):
+    """Request: I am a member, and these are the leases I hold. 0: none on that partition."""
 
+    held: tuple[int, ...]
+
+
+class Seek(NamedTuple):
+    """Request: go back to the first input, under a new lease."""
+
+    name: SeekName
     partition: int
-    join: bool = True
+    expected: int
 
 
 class Commit(NamedTuple):
@@ -186,18 +223,36 @@ class OpenRace(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """Reply: the partition is yours from this position on."""
+    """The partition is yours from this position on."""
 
     partition: int
     lease: int
     next: int
 
 
-class Held(NamedTuple):
-    """Reply: somebody else has the partition."""
+class Assignment(NamedTuple):
+    """Reply to Heartbeat: what is to be changed."""
 
-    partition: int
-    held: bool = True
+    reported: tuple[int, ...]
+    """The report that this answers."""
+    granted: tuple[Grant, ...]
+    revoked: tuple[int, ...]
+    lost: tuple[int, ...]
+
+
+class Sought(NamedTuple):
+    """Reply to Seek: done, under this lease."""
+
+    seek: Seek
+    lease: int
+    next: int
+
+
+class SeekRace(NamedTuple):
+    """Reply to Seek: the lease is another one."""
+
+    seek: Seek
+    lease: int
 
 
 class Answer(NamedTuple):
@@ -207,8 +262,8 @@ class Answer(NamedTuple):
     decision: Decision
 
 
-Request = Open | Join | Commit
-Reply = Opened | OpenRace | Grant | Held | Answer
+Request = Open | Heartbeat | Seek | Commit
+Reply = Opened | OpenRace | Assignment | Sought | SeekRace | Answer
 
 # Where a commit of the queue stands, on the current connection.
 UNSENT, SENT, REFUSED = "unsent", "sent", "refused"
@@ -223,6 +278,18 @@ class Queued(NamedTuple):
     entries: tuple[Entry, ...]
     status: str
 
+
+class Seeking(NamedTuple):
+    """A seek that is not decided yet."""
+
+    seek: Seek
+    status: str
+    repeated: bool
+    """It was sent on an earlier connection, too."""
+
+
+# What a worker's heartbeat that is not answered means to it: transactions wait for the answer, or they do not.
+AWAITED, BESIDE = "awaited", "beside"
 
 # Phases of a worker. The last three are its ends.
 UNBORN, NEW, READY = "unborn", "new", "ready"
@@ -249,13 +316,29 @@ class Worker(NamedTuple):
     """On each partition; 0: none."""
     positions: tuple[int, ...]
     """In each partition: the next input to process."""
-    joining: int
-    """The partition it waits for, or NOBODY."""
+    releasing: tuple[bool, ...]
+    """Of each partition: is it to be given back?"""
+    reporting: str
+    """AWAITED or BESIDE if a heartbeat is not answered."""
+    seeking: Seeking | None
     queue: tuple[Queued, ...]
     refusal: Decision | None
     """The refusal whose draining is under way (C4)."""
     ended_before: tuple[int, ...]
     """Workers that had ended when this one started; no step of theirs may hurt it."""
+
+
+class Holder(NamedTuple):
+    """Who holds a partition, as the broker knows it. In memory only."""
+
+    worker: int
+    lease: int
+    revoked: bool
+    heard: bool
+    """False: stored as the holder, and not heard of since the broker started."""
+
+
+FREE = Holder(NOBODY, 0, False, False)
 
 
 class State(NamedTuple):
@@ -264,13 +347,19 @@ class State(NamedTuple):
     disk: Disk[Store, Reply]
     serials: tuple[int, ...]
     """Rule 4, for each producer name. In memory only."""
-    holders: tuple[int, ...]
-    """Of each partition: the worker whose lease has not expired. In memory only."""
+    newest: tuple[int, ...]
+    """Rule 4, for each worker's session: the serial of its newest connection. In memory only."""
+    members: tuple[bool, ...]
+    """Of each worker: is it a member that did not expire? In memory only."""
+    holders: tuple[Holder, ...]
+    """Of each partition."""
     connections: tuple[Connection[Request, Reply], ...]
     workers: tuple[Worker, ...]
     topic_gone: bool
     aborted: tuple[Transaction, ...]
     """Reported as not stored, while copies of them are still on their way."""
+    refused: tuple[SeekName, ...]
+    """Seeks that were reported as not applied, likewise."""
     faults: Faults
 
 
@@ -281,13 +370,16 @@ class Group:
         self.bounds = bounds
         self.guards = guards
         self.partitions = range(bounds.partitions)
+        self.operator = bounds.workers
+        """Whoever seeks from outside: a client like a worker, which only seeks."""
 
     def initial(self) -> State:
         """No lease is given. Workers with names of their own are connected and have opened them; a shared name is not
         open, and only its first run has started."""
         bounds = self.bounds
         workers, rows = [], []
-        for number in range(bounds.workers):
+        clients = bounds.workers + (bounds.faults.operator_seeks > 0)
+        for number in range(clients):
             shared = bounds.shared_name
             worker = Worker(
                 phase=READY if not shared else NEW if number == 0 else UNBORN,
@@ -298,7 +390,9 @@ class Group:
                 number=-1,
                 leases=(0,) * bounds.partitions,
                 positions=(0,) * bounds.partitions,
-                joining=NOBODY,
+                releasing=(False,) * bounds.partitions,
+                reporting="",
+                seeking=None,
                 queue=(),
                 refusal=None,
                 ended_before=(),
@@ -310,17 +404,20 @@ class Group:
             # A second row for each worker is for the name it takes when its user runs a transaction again.
             rows = [Row(name + 1, 1, name % bounds.workers, -1, (), ()) for name in range(2 * bounds.workers)]
             first = list(rows if bounds.faults.reruns else rows[: bounds.workers])
-        connections = [Connection[Request, Reply](number, number + 1, True, (), ()) for number in range(bounds.workers)]
-        leases = (Lease(0, 0, NOBODY, 0, 0),) * bounds.partitions
-        store = Store(leases, tuple(first), (), len(first) if rows else 0)
+        connections = [Connection[Request, Reply](number, number + 1, True, (), ()) for number in range(clients)]
+        leases = (Lease(0, 0, NOBODY, 0, 0, None, 0),) * bounds.partitions
+        store = Store(leases, tuple(first), (), (), len(first) if rows else 0)
         return State(
             disk=Disk(store, None, (), store, ()),
             serials=(0,) * len(first),
-            holders=(NOBODY,) * bounds.partitions,
+            newest=(0,) * clients,
+            members=(False,) * clients,
+            holders=(FREE,) * bounds.partitions,
             connections=() if bounds.shared_name else tuple(connections),
             workers=tuple(workers),
             topic_gone=False,
             aborted=(),
+            refused=(),
             faults=bounds.faults,
         )
 
@@ -330,30 +427,30 @@ class Group:
         """What must hold in every state. More is checked where things happen: see `applied`, `abort`, `receive_…`."""
         stores = (state.disk.durable, state.disk.decided)
         for store in stores if stores[0] is not stores[1] else stores[:1]:
-            inputs = {output[:2] for output in store.outputs}
+            inputs = {output[:3] for output in store.outputs}
             if len(inputs) != len(store.outputs):
                 raise Violation(OUTPUT_TWICE)
-            if not self.bounds.faults.plain_commits and len(inputs) < sum([lease.next for lease in store.leases]):
+            if not self.bounds.faults.plain_commits and len(outputs_of_turn(store)) < positions(store):
                 raise Violation(OUTPUT_MISSING)
 
     def finished(self, state: State) -> bool:
         """Every input is processed and answered; or every worker has ended, and one of them by dying."""
         bounds, durable = self.bounds, state.disk.durable
-        phases = [worker.phase for worker in state.workers]
+        phases = [worker.phase for worker in state.workers[: bounds.workers]]
         if all(phase in ENDED for phase in phases):
             return DEAD in phases  # otherwise somebody must have the name
         wanted = bounds.inputs * bounds.partitions
         return (
-            sum([lease.next for lease in durable.leases]) == wanted
-            and (bounds.faults.plain_commits > 0 or len(durable.outputs) == wanted)
-            and not any(worker.queue for worker in state.workers)
+            positions(durable) == wanted
+            and (bounds.faults.plain_commits > 0 or len(outputs_of_turn(durable)) == wanted)
+            and not any(worker.queue or worker.seeking for worker in state.workers)
         )
 
     # ------------------------------------------------------------------------------------ what may happen
 
     def steps(self, state: State) -> Iterator[Step]:
         """Everything that can happen next."""
-        for number in range(self.bounds.workers):
+        for number in range(len(state.workers)):
             yield from self.steps_of_worker(state, number)
         for index, connection in enumerate(state.connections):
             if connection.requests:
@@ -373,14 +470,18 @@ class Group:
                 yield Step(("GROUP FAILS",), True, self.fail_group)
         if faults.broker_crashes:
             yield Step(("BROKER CRASHES",), True, self.crash_broker)
-        for partition, holder in enumerate(state.holders):
-            if holder == NOBODY:
-                continue
-            worker = state.workers[holder]
-            if worker.phase in ENDED or not (worker.leases[partition] or worker.joining == partition):
-                yield Step(("lease expires on", partition), False, self.expire, (partition, False))
+        for number in sorted({holder.worker for holder in state.holders} - {NOBODY}):
+            if state.workers[number].phase in ENDED:
+                yield Step(("member", number, "expires"), False, self.expire, (number, False))
+            elif not all(holder.heard for holder in state.holders if holder.worker == number):
+                yield Step(("MEMBER IS NOT HEARD OF", number), True, self.expire, (number, False))
             elif faults.expiries:
-                yield Step(("LEASE EXPIRES on", partition), True, self.expire, (partition, True))
+                yield Step(("MEMBER EXPIRES", number), True, self.expire, (number, True))
+        for partition, holder in enumerate(state.holders):
+            if holder.revoked:
+                yield Step(("release is forced of", partition), False, self.force, (partition,))
+            elif holder is not FREE and faults.revocations:
+                yield Step(("REVOKED is", partition), True, self.revoke, (partition,))
         if state.topic_gone:
             yield Step(("topic is back",), False, self.return_topic)
         elif faults.topic_losses:
@@ -410,6 +511,15 @@ class Group:
             yield Step(("CUT connection of", number), True, self.cut, (number,))
         if worker.phase is not READY:
             return
+        if worker.seeking is not None and worker.seeking.status is UNSENT:
+            yield Step(("client", number, "sends again", worker.seeking.seek), False, self.send_seek, (number,))
+        if number == self.operator:
+            if faults.operator_seeks and worker.seeking is None:
+                for partition in self.partitions:
+                    expected = state.disk.durable.leases[partition].number
+                    seek = Seek(SeekName(number, faults.operator_seeks), partition, expected)
+                    yield Step(("operator seeks in", partition), False, self.seek, (number, seek))
+            return
         unsent = next((index for index, one in enumerate(queue) if one.status is UNSENT), None)
         if unsent is not None:
             if worker.refusal is None or self.guards.refusals_ask_the_unsent:
@@ -417,18 +527,44 @@ class Group:
             return
         if worker.refusal is not None:
             return
-        work = tuple([p for p in self.partitions if worker.leases[p] and worker.positions[p] < bounds.inputs])
-        if work and worker.joining == NOBODY and len(queue) < bounds.in_flight:
+        sought = None if worker.seeking is None else worker.seeking.seek.partition
+        work = tuple(
+            [
+                p
+                for p in self.partitions
+                if worker.leases[p] and worker.positions[p] < bounds.inputs and not worker.releasing[p] and p != sought
+            ]
+        )
+        if work and len(queue) < bounds.in_flight and worker.reporting is not AWAITED:
             if not state.topic_gone or worker.number + 1 < bounds.attempts:
                 kind = TRANSACTION if bounds.producers else PRODUCERLESS
                 yield Step(("worker", number, "commits inputs of", work), False, self.transact, (number, kind, work))
             if faults.plain_commits:
                 yield Step(("worker", number, "skips", work[:1]), False, self.transact, (number, PLAIN, work[:1]))
-        if not queue and worker.joining == NOBODY:
+        if faults.seeks and worker.seeking is None and not queue:
             for partition in self.partitions:
-                unread = state.disk.durable.leases[partition].next < bounds.inputs
-                if unread and not worker.leases[partition] and state.holders[partition] in (NOBODY, number):
-                    yield Step(("worker", number, "joins for", partition), False, self.join, (number, partition))
+                if worker.leases[partition] and worker.positions[partition]:
+                    seek = Seek(SeekName(number, faults.seeks), partition, worker.leases[partition])
+                    yield Step(("worker", number, "seeks in", partition), False, self.seek, (number, seek))
+        busy = {entry.partition for one in queue for entry in one.entries} | {sought}
+        for partition in self.partitions:
+            if worker.releasing[partition] and partition not in busy:
+                yield Step(("worker", number, "gives back", partition), False, self.give_back, (number, partition))
+        if not worker.reporting:
+            awaited = not queue and self.has_news(state, number)
+            if awaited or faults.reports:
+                yield Step(("worker", number, "reports", worker.leases), False, self.report, (number, awaited))
+
+    def has_news(self, state: State, number: int) -> bool:
+        """Would a heartbeat of this worker change anything, or tell it anything?"""
+        worker = state.workers[number]
+        for partition, (held, holder) in enumerate(zip(worker.leases, state.holders, strict=True)):
+            if holder.worker == number:
+                if held != holder.lease or not holder.heard or (holder.revoked and not worker.releasing[partition]):
+                    return True
+            elif held or (holder is FREE and state.disk.durable.leases[partition].next < self.bounds.inputs):
+                return True
+        return False
 
     # ------------------------------------------------------------------------------------------- the broker
 
@@ -438,12 +574,18 @@ class Group:
         request, rest = connection.requests[0], connection.requests[1:]
         state = self.with_connection(state, index, connection._replace(requests=rest))
         reply: Reply
+        stale = connection.serial < state.newest[connection.owner]
         if isinstance(request, Open):
             state, store, reply = self.open(state, connection.owner, request)
             waits = guards.opens_wait
-        elif isinstance(request, Join):
-            state, store, reply = self.grant(state, connection.owner, request.partition)
+        elif not isinstance(request, Commit) and stale and guards.sessions_fenced:
+            return self.tidied(state)  # refused, on a connection that nobody listens to any more
+        elif isinstance(request, Heartbeat):
+            state, store, reply = self.heartbeat(state, connection.owner, request)
             waits = guards.grants_wait
+        elif isinstance(request, Seek):
+            state, store, reply = self.decide_seek(state, connection.owner, request)
+            waits = True
         else:
             state, store, decision = self.commit(state, connection, request)
             reply = Answer(request, decision)
@@ -484,19 +626,82 @@ class Group:
             return False
         return asker in state.workers[holder].ended_before or state.workers[asker].epoch > 0
 
-    def grant(self, state: State, asker: int, partition: int) -> tuple[State, Store, Reply]:
-        """Rule 14."""
-        guards, store = self.guards, state.disk.decided
-        lease = store.leases[partition]
-        if not (guards.grants_repeat and lease.session == asker):
-            if state.holders[partition] not in (NOBODY, asker):
-                return state, store, Held(partition)
-            number = lease.number + 1 if guards.grants_bump else 1
-            lease = Lease(lease.next, number, asker, lease.number, lease.next)
+    def heartbeat(self, state: State, asker: int, request: Heartbeat) -> tuple[State, Store, Reply]:
+        """Rule 14: what a member reports, against what is known; then what is to be changed for it."""
+        guards, store, holders = self.guards, state.disk.decided, state.holders
+        granted: list[Grant] = []
+        revoked: list[int] = []
+        lost: list[int] = []
+        for partition, held in enumerate(request.held):
+            lease, holder = store.leases[partition], holders[partition]
+            for_others = holder is FREE and held == lease.number > 0 and state.members[asker]  # it was forced
+            if holder.worker == asker and holder.revoked and not held:
+                lease, holder, for_others = lease._replace(session=NOBODY), FREE, True
+            elif holder is FREE and held and not state.members[asker] and self.is_adopted(lease, held):
+                lease, holder = lease._replace(session=asker), Holder(asker, held, False, True)
+            elif holder.worker == asker:
+                holder = holder._replace(heard=True)
+            if held and holder[:2] != (asker, held):
+                lost.append(partition)
+            if holder.worker == asker and holder.lease == held:
+                if holder.revoked:
+                    revoked.append(partition)
+            else:
+                free = holder is FREE or (holder.revoked and not guards.given_back_before_granted)
+                if free and not for_others:
+                    lease = self.granted(lease, asker)
+                    holder = Holder(asker, lease.number, False, True)
+                elif holder.worker == asker and not guards.grants_repeat:
+                    lease = self.granted(lease, asker)
+                    holder = holder._replace(lease=lease.number)
+                if holder.worker == asker:
+                    durable = state.disk.durable.leases[partition]
+                    following = lease.next if guards.grants_read_decided else durable.next
+                    granted.append(Grant(partition, lease.number, following))
             store = store._replace(leases=replaced(store.leases, partition, lease))
-        following = lease.next if guards.grants_read_decided else state.disk.durable.leases[partition].next
-        state = state._replace(holders=replaced(state.holders, partition, asker))
-        return state, store, Grant(partition, lease.number, following)
+            holders = replaced(holders, partition, holder)
+        answer = Assignment(request.held, tuple(granted), tuple(revoked), tuple(lost))
+        members = replaced(state.members, asker, True)
+        return state._replace(holders=holders, members=members), store, answer
+
+    def is_adopted(self, lease: Lease, held: int) -> bool:
+        """Rule 14: was a member that comes back, after it was given up, not replaced?"""
+        return held == lease.number or not self.guards.adoption_compares_lease
+
+    def granted(self, lease: Lease, asker: int) -> Lease:
+        """Rule 14: a new holder has a new number."""
+        number = lease.number + 1 if self.guards.grants_bump else 1
+        return lease._replace(number=number, session=asker, ended_number=lease.number, ended_at=lease.next)
+
+    def decide_seek(self, state: State, asker: int, request: Seek) -> tuple[State, Store, Reply]:
+        """Rule 15: a compare-and-swap on the lease."""
+        guards, store, partition = self.guards, state.disk.decided, request.partition
+        lease = store.leases[partition]
+        if guards.seeks_repeat and (asker == self.operator or lease.session == asker):
+            if guards.seeks_are_named:
+                repeated = lease.sought_by == request.name
+            else:
+                repeated = lease.session == asker and lease.number > request.expected
+            if repeated:
+                return state, store, Sought(request, lease.number, lease.next)
+        if guards.seeks_compare and request.expected != lease.number:
+            return state, store, SeekRace(request, lease.number)
+        if request.name in store.sought:
+            raise Violation(SEEK_TWICE)
+        if request.name in state.refused:
+            raise Violation(NOT_STORED_BUT_STORED)
+        holders = state.holders
+        if guards.seeks_bump:
+            number, session = lease.number + 1, asker if lease.session == asker else NOBODY
+            lease = Lease(0, number, session, lease.number, lease.next, request.name, lease.turn + 1)
+            own = holders[partition].worker == asker
+            holder = holders[partition]._replace(lease=number) if own else FREE
+            holders = replaced(holders, partition, holder)
+        else:
+            lease = lease._replace(next=0, sought_by=request.name, turn=lease.turn + 1)
+        sought = tuple(sorted((*store.sought, request.name)))
+        store = store._replace(leases=replaced(store.leases, partition, lease), sought=sought)
+        return state._replace(holders=holders), store, Sought(request, lease.number, lease.next)
 
     def commit(
         self, state: State, connection: Connection[Request, Reply], request: Commit
@@ -555,11 +760,12 @@ class Group:
                 continue
             if entry.lease != lease.number:
                 raise Violation(STALE_LEASE)
+            if entry.end < lease.next:
+                raise Violation(WENT_BACK)
             leases = replaced(leases, entry.partition, lease._replace(next=entry.end))
             if request.kind is not PLAIN:
-                outputs += tuple(
-                    [Output(entry.partition, position, transaction) for position in range(entry.start, entry.end)]
-                )
+                inputs = range(entry.start, entry.end)
+                outputs += tuple([Output(entry.partition, one, lease.turn, transaction) for one in inputs])
         return store._replace(leases=leases, outputs=tuple(sorted(outputs)))
 
     # ------------------------------------------------------------------------------------------- the client
@@ -572,12 +778,37 @@ class Group:
             worker = worker._replace(phase=READY)
         else:
             connections = broker.asked(connections, number, Open(0))
-        return self.with_worker(state._replace(connections=connections), number, worker)
+        newest = replaced(state.newest, number, connections[-1].serial)
+        return self.with_worker(state._replace(connections=connections, newest=newest), number, worker)
 
-    def join(self, state: State, number: int, partition: int) -> State:
-        """A worker asks for a partition."""
-        connections = broker.asked(state.connections, number, Join(partition))
-        worker = state.workers[number]._replace(joining=partition)
+    def report(self, state: State, number: int, awaited: bool) -> State:
+        """A heartbeat goes out."""
+        worker = state.workers[number]
+        connections = broker.asked(state.connections, number, Heartbeat(worker.leases))
+        faults = state.faults._replace(reports=state.faults.reports - (not awaited))
+        state = state._replace(connections=connections, faults=faults)
+        return self.with_worker(state, number, worker._replace(reporting=AWAITED if awaited else BESIDE))
+
+    def give_back(self, state: State, number: int, partition: int) -> State:
+        """A revoked partition is finished with: the next heartbeat does not report it."""
+        return self.with_worker(state, number, without_lease(state.workers[number], partition))
+
+    def seek(self, state: State, number: int, seek: Seek) -> State:
+        """A holder, or an operator, wants to go back."""
+        faults = state.faults
+        if number == self.operator:
+            faults = faults._replace(operator_seeks=faults.operator_seeks - 1)
+        else:
+            faults = faults._replace(seeks=faults.seeks - 1)
+        worker = state.workers[number]._replace(seeking=Seeking(seek, UNSENT, False))
+        return self.send_seek(self.with_worker(state._replace(faults=faults), number, worker), number)
+
+    def send_seek(self, state: State, number: int) -> State:
+        """A seek goes out on the current connection."""
+        worker = state.workers[number]
+        assert worker.seeking is not None
+        connections = broker.asked(state.connections, number, worker.seeking.seek)
+        worker = worker._replace(seeking=worker.seeking._replace(status=SENT))
         return self.with_worker(state._replace(connections=connections), number, worker)
 
     def transact(self, state: State, number: int, kind: str, partitions: tuple[int, ...]) -> State:
@@ -633,17 +864,57 @@ class Group:
             if not worker.epoch:
                 worker = worker._replace(acknowledged=reply.last_seq, number=reply.last_seq)
             worker = worker._replace(phase=READY, producer_id=reply.producer_id, epoch=reply.epoch)
-        elif isinstance(reply, Held):
-            worker = worker._replace(joining=NOBODY)
-        elif isinstance(reply, Grant):
-            worker = worker._replace(
-                joining=NOBODY,
-                leases=replaced(worker.leases, reply.partition, reply.lease),
-                positions=replaced(worker.positions, reply.partition, reply.next),
-            )
+        elif isinstance(reply, Assignment):
+            worker = self.assigned(worker, reply)
+        elif isinstance(reply, Sought):
+            return self.receive_sought(state, number, reply)
+        elif isinstance(reply, SeekRace):
+            return self.receive_race(state, number, reply)
         else:
             return self.tidied(self.receive_answer(state, number, reply.commit, reply.decision))
         return self.with_worker(state, number, worker)
+
+    def assigned(self, worker: Worker, answer: Assignment) -> Worker:
+        """Rule 14: the answer to a heartbeat. It changes nothing if what was reported is no longer so."""
+        worker = worker._replace(reporting="")
+        if answer.reported != worker.leases and self.guards.answers_match_report:
+            return worker
+        for partition in answer.lost:
+            worker = without_lease(worker, partition)
+        for partition in answer.revoked:
+            if worker.leases[partition]:
+                worker = worker._replace(releasing=replaced(worker.releasing, partition, True))
+        for grant in answer.granted:
+            if not worker.leases[grant.partition]:
+                worker = with_lease(worker, grant)
+        return worker
+
+    def receive_sought(self, state: State, number: int, reply: Sought) -> State:
+        """A seek is done, now or before. A holder goes on under its new lease."""
+        worker, seek = state.workers[number], reply.seek
+        if seek.name not in state.disk.durable.sought:
+            raise Violation(SEEK_LOST)
+        worker = worker._replace(seeking=None)
+        if number != self.operator:
+            worker = with_lease(worker, Grant(seek.partition, reply.lease, reply.next))
+        return self.with_worker(state, number, worker)
+
+    def receive_race(self, state: State, number: int, reply: SeekRace) -> State:
+        """Somebody else has a newer lease. Sent once, the seek is not done: an operator asks again with that lease.
+        Sent before, too, it may have been done before the newer lease: its outcome is unknown.
+        """
+        worker, seek = state.workers[number], reply.seek
+        assert worker.seeking is not None
+        if worker.seeking.repeated and self.guards.repeated_race_is_unknown:
+            return self.with_worker(state, number, worker._replace(seeking=None))
+        if number == self.operator:
+            again = Seeking(seek._replace(expected=reply.lease), UNSENT, False)
+            return self.with_worker(state, number, worker._replace(seeking=again))
+        if seek.name in state.disk.decided.sought:
+            raise Violation(NOT_STORED_BUT_STORED)
+        state = state._replace(refused=(*state.refused, seek.name))
+        worker = without_lease(worker, seek.partition)._replace(seeking=None)
+        return self.tidied(self.with_worker(state, number, worker))
 
     def receive_answer(self, state: State, number: int, commit: Commit, decision: Decision) -> State:
         """The answer to a commit, if it is still in the queue."""
@@ -678,17 +949,24 @@ class Group:
         if code == LEASE_LOST:
             lease = state.disk.decided.leases[decision.partition]
             lost = next(entry.lease for entry in commit.entries if entry.partition == decision.partition)
-            if lease.session == number and lease.ended_number == lost:
+            # Who sought may, after it expired, have reported the lease before that: then it is granted a third.
+            sought = any(name.client == number for name in state.disk.decided.sought)
+            if lease.session == number and lease.ended_number == lost and not sought:
                 raise Violation(FALSE_LEASE_LOST)
         if code in (LEASE_LOST, OFFSET_MOVED) and commit.kind is PRODUCERLESS and decision.detail is not None:
             # No sequence protects it, but its positions tell: where they were handed over, or where they are now.
             end = next(entry.end for entry in commit.entries if entry.partition == decision.partition)
             if end <= decision.detail:
                 if code == LEASE_LOST:
-                    worker = worker._replace(leases=replaced(worker.leases, decision.partition, 0))
+                    worker = self.without_lost(worker, commit, decision.partition)
                 return self.receive_stored(self.with_worker(state, number, worker), number, index)
         if code == OFFSET_MOVED and worker.name < self.bounds.workers:
             raise Violation(FALSE_OFFSET_MOVED)
+        if code == LEASE_LOST:  # the other partitions are still leased
+            worker = self.without_lost(worker, commit, decision.partition)
+        elif code == OFFSET_MOVED:  # an earlier run got there: ask where to go on
+            for partition in self.partitions:
+                worker = without_lease(worker, partition)
         refused = worker.queue[index]._replace(status=REFUSED)
         refusal = worker.refusal if worker.refusal is not None or code == SEQUENCE_GAP else decision
         worker = worker._replace(queue=replaced(worker.queue, index, refused), refusal=refusal)
@@ -733,11 +1011,12 @@ class Group:
             if one.kind is TRANSACTION or (one.kind is PRODUCERLESS and not unknown):
                 state = self.abort(state, number, one)
         worker = self.rewound(worker)._replace(queue=(), refusal=None)
-        if refusal.code == LEASE_LOST:  # the other partitions are still leased
-            worker = worker._replace(leases=replaced(worker.leases, refusal.partition, 0))
-        elif refusal.code == OFFSET_MOVED:  # an earlier run got there: ask where to go on
-            worker = worker._replace(leases=(0,) * self.bounds.partitions)
         return self.with_worker(state, number, worker)
+
+    def without_lost(self, worker: Worker, commit: Commit, partition: int) -> Worker:
+        """The worker without the lease under which it was refused; it may have a newer one already."""
+        refused = next(entry.lease for entry in commit.entries if entry.partition == partition)
+        return without_lease(worker, partition) if worker.leases[partition] == refused else worker
 
     def abort(self, state: State, number: int, one: Queued) -> State:
         """The user is told that a transaction is not stored, and never will be."""
@@ -753,11 +1032,12 @@ class Group:
         return all((entry.partition, entry.start) in stored for entry in one.entries)
 
     def rewound(self, worker: Worker) -> Worker:
-        """The worker goes back to the first input of each partition that its queue holds."""
+        """The worker goes back to the first input that its queue holds of each partition, under the lease it has."""
         positions = worker.positions
         for one in reversed(worker.queue):
             for entry in one.entries:
-                positions = replaced(positions, entry.partition, entry.start)
+                if entry.lease == worker.leases[entry.partition]:
+                    positions = replaced(positions, entry.partition, entry.start)
         return worker._replace(positions=positions)
 
     # ---------------------------------------------------------------------------------- the disk and the world
@@ -796,12 +1076,24 @@ class Group:
         return self.restarted(state._replace(faults=faults))
 
     def restarted(self, state: State) -> State:
-        """The broker forgot everything that is not durable: also who is alive. No connection is left."""
+        """The broker forgot everything that is not durable: also who is alive. No connection is left.
+
+        Stored holders are members, but they may not be heard of in time.
+        """
+        leases = state.disk.durable.leases
+        stored = [lease.session for lease in leases]
         return self.tidied(
             state._replace(
                 disk=state.disk.lose(),
+                members=tuple([number in stored for number in range(len(state.members))]),
                 serials=(0,) * len(state.serials),
-                holders=(NOBODY,) * self.bounds.partitions,
+                newest=(0,) * len(state.newest),
+                holders=tuple(
+                    [
+                        FREE if lease.session == NOBODY else Holder(lease.session, lease.number, False, False)
+                        for lease in leases
+                    ]
+                ),
                 connections=(),
                 workers=tuple([disconnected(worker) for worker in state.workers]),
             )
@@ -817,10 +1109,26 @@ class Group:
         """What a closed connection still held never reaches the broker."""
         return self.tidied(self.with_connection(state, index, state.connections[index]._replace(requests=())))
 
-    def expire(self, state: State, partition: int, fault: bool) -> State:
-        """The holder was not heard of for too long: somebody else may join."""
-        faults = state.faults._replace(expiries=state.faults.expiries - fault)
-        return state._replace(holders=replaced(state.holders, partition, NOBODY), faults=faults)
+    def expire(self, state: State, number: int, fault: bool) -> State:
+        """A member was not heard of for too long. Its leases still commit until somebody else has them."""
+        state = state._replace(faults=state.faults._replace(expiries=state.faults.expiries - fault))
+        for partition in self.partitions:
+            if state.holders[partition].worker == number:
+                state = self.force(state, partition)
+        return state._replace(members=replaced(state.members, number, False))
+
+    def force(self, state: State, partition: int) -> State:
+        """A partition is nobody's any more, whatever its holder thinks."""
+        store = state.disk.decided
+        lease = store.leases[partition]._replace(session=NOBODY)
+        disk, _ = state.disk.decide(store._replace(leases=replaced(store.leases, partition, lease)), 0, None, True)
+        return state._replace(disk=disk, holders=replaced(state.holders, partition, FREE))
+
+    def revoke(self, state: State, partition: int) -> State:
+        """A partition is to move to another member: its holder is to give it back."""
+        faults = state.faults._replace(revocations=state.faults.revocations - 1)
+        holder = state.holders[partition]._replace(revoked=True)
+        return state._replace(holders=replaced(state.holders, partition, holder), faults=faults)
 
     def start(self, state: State, number: int, zombie: bool) -> State:
         """The next run of the worker starts."""
@@ -848,8 +1156,9 @@ class Group:
         """A worker ends; what it was not told, it will never know."""
         none = (0,) * self.bounds.partitions
         worker = state.workers[number]._replace(
-            phase=phase, leases=none, positions=none, joining=NOBODY, queue=(), refusal=None
-        )
+            phase=phase, leases=none, positions=none, releasing=(False,) * self.bounds.partitions, reporting="",
+            seeking=None, queue=(), refusal=None,
+        )  # fmt: skip
         return self.closed(self.with_worker(state, number, worker), number)
 
     def closed(self, state: State, number: int) -> State:
@@ -869,7 +1178,16 @@ class Group:
         """Without what can make no difference any more: connections, serials, reports of aborted transactions."""
         connections = tuple([one for one in state.connections if one.open or one.requests])
         serials = tuple([broker.serial_needed(connections, serial) for serial in state.serials])
-        aborted = state.aborted
+        newest = tuple(
+            [
+                serial if any(one.owner == owner and one.serial < serial for one in connections) else 0
+                for owner, serial in enumerate(state.newest)
+            ]
+        )
+        aborted, refused = state.aborted, state.refused
+        if refused:
+            asked = {request.name for one in connections for request in one.requests if isinstance(request, Seek)}
+            refused = tuple([one for one in refused if one in asked])
         if aborted:
             coming = {
                 Transaction(one.owner, request.name, request.last)
@@ -878,19 +1196,41 @@ class Group:
                 if isinstance(request, Commit)
             }
             aborted = tuple([one for one in aborted if one in coming])
-        return state._replace(connections=connections, serials=serials, aborted=aborted)
+        return state._replace(connections=connections, serials=serials, newest=newest, aborted=aborted, refused=refused)
 
 
-Item = TypeVar("Item")
+def outputs_of_turn(store: Store) -> list[Output]:
+    """What was stored since the last Seek in each partition."""
+    return [output for output in store.outputs if output.turn == store.leases[output.partition].turn]
 
 
-def replaced(items: tuple[Item, ...], index: int, item: Item) -> tuple[Item, ...]:
-    """The tuple with one item replaced."""
-    return (*items[:index], item, *items[index + 1 :])
+def positions(store: Store) -> int:
+    """How many inputs are behind the group, in all partitions."""
+    return sum([lease.next for lease in store.leases])
+
+
+def with_lease(worker: Worker, grant: Grant) -> Worker:
+    """The worker holds a partition from this position on."""
+    return worker._replace(
+        leases=replaced(worker.leases, grant.partition, grant.lease),
+        positions=replaced(worker.positions, grant.partition, grant.next),
+    )
+
+
+def without_lease(worker: Worker, partition: int) -> Worker:
+    """The worker does not hold a partition any more."""
+    return worker._replace(
+        leases=replaced(worker.leases, partition, 0),
+        positions=replaced(worker.positions, partition, 0),
+        releasing=replaced(worker.releasing, partition, False),
+    )
 
 
 def disconnected(worker: Worker) -> Worker:
     """The worker without its connection: nothing of its queue is sent, nothing is asked for, no refusal is drained."""
     queue = tuple([one._replace(status=UNSENT) for one in worker.queue])
     phase = NEW if worker.phase is READY and not worker.epoch else worker.phase
-    return worker._replace(phase=phase, queue=queue, joining=NOBODY, refusal=None)
+    seeking = worker.seeking
+    if seeking is not None and seeking.status is SENT:
+        seeking = seeking._replace(status=UNSENT, repeated=True)
+    return worker._replace(phase=phase, queue=queue, reporting="", seeking=seeking, refusal=None)

@@ -1,7 +1,7 @@
 """Every rule that the protocol can be asked to do without, as one flag; and the properties that the rules protect.
 
 All flags True is the protocol. The tests remove one at a time and expect the property that then breaks. Numbers are
-those of the protocol page: 1 to 17 are the broker's rules, C1 to C10 the client's, H1 to H20 the known failures.
+those of the protocol page: 1 to 18 are the broker's rules, C1 to C10 the client's, H1 to H20 the known failures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ FALSE_LEASE_LOST = "false LEASE_LOST: nobody else had the lease in between"
 RESULT_LOST = "duplicate without its result"
 RESULT_WRONG = "duplicate answered with another result than the original's"
 STALE_LEASE = "stale lease moves offset"
-OUTPUT_TWICE = "output twice: an input was processed twice"
+OUTPUT_TWICE = "output twice: an input was processed twice between two seeks"
 OUTPUT_MISSING = "input skipped: a position moved without its output"
+WENT_BACK = "position went back without a Seek"
+SEEK_TWICE = "one Seek applied twice"
+INNOCENT_PUT_ASIDE = "innocent input put aside as a dead letter, though its worker was not ended so often from outside"
+POISON_LIVES = "poison lives: it killed more workers than its attempts allow"
+DEAD_LETTER_TWICE = "dead letter twice"
+SEEK_LOST = "Seek reported as applied and is not"
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,27 @@ class Guards:
     grants_bump: bool = True
     """14: a new holder gets a new lease."""
     grants_repeat: bool = True
-    """14: the holder's own repeated join returns the lease it has. Without: H13."""
+    """14: a holder that does not report its lease has not heard of it: it is told the same again. Without: H13."""
     grants_wait: bool = True
     """9, 14: a grant leaves when it is durable. Without: H11."""
     grants_read_decided: bool = True
     """14: a grant carries the decided position, not the durable one. Without: H12."""
+    sessions_fenced: bool = True
+    """4: a heartbeat or a seek on an older connection than its session's newest is refused."""
+    adoption_compares_lease: bool = True
+    """14: a returning member is taken for the holder only if the lease it reports is the row's."""
+    given_back_before_granted: bool = True
+    """14: a revoked partition is granted when its holder has given it back, or was forced to."""
+    seeks_compare: bool = True
+    """15: a Seek is a compare-and-swap on the lease."""
+    seeks_bump: bool = True
+    """15: and gives a new lease."""
+    seeks_repeat: bool = True
+    """15: whoever asks again for the last Seek that was applied is told so."""
+    seeks_are_named: bool = True
+    """15: a repeated Seek is known by its nonce; without, by any later lease of the same session."""
+    unclean_ends_suspect: bool = True
+    """18: a member that vanishes makes a suspect of everything it may have had in hand; without, the head is blamed."""
     offsets_move_forward: bool = True
     """15: a plain offset commit never moves a position back. Without: H7."""
     # ---- the broker: replies, opens, the disk
@@ -135,5 +157,20 @@ class Guards:
     """C8: after Open, records up to its last_seq are not sent. Without: H15."""
     reconnect_without_open: bool = True
     """11: a reconnect does not open; without, it opens as a new session would (H3)."""
+    answers_match_report: bool = True
+    """14: the answer to a heartbeat counts only if what was reported is still so."""
+    suspects_alone: bool = True
+    """18: a suspect is handled when nothing else is in hand, and nothing else before the position is behind it."""
+    suspects_alone_in_member: bool = True
+    """18: nothing else in the whole member; without, in its partition."""
+    nothing_beside_a_suspect: bool = True
+    """18: what is no suspect waits, too; without, only other suspects do."""
+    attempts_counted_ahead: bool = True
+    """18: the attempt at a suspect is stored before it begins; without, the broker blames a suspected head when its
+    member is missed."""
+    dead_letter_with_position: bool = True
+    """8, 18: a dead letter and the position behind its input are one commit."""
+    repeated_race_is_unknown: bool = True
+    """15: a Seek that was sent twice and refused may have been applied; without, it is asked for anew."""
     stale_reconnects: bool = True
     """4: STALE_CONNECTION on the connection in use is no answer: connect again. (This or `takeovers_forget_serial`.)"""
