@@ -43,7 +43,7 @@ class App:
     """One application."""
 
     named = False
-    pause_s = 0.4
+    pause_s = 0.3
     """About so long between two turns."""
     supervised = False
     """Is another started whenever it ends?"""
@@ -104,11 +104,11 @@ class App:
         if self.world.alive(self.process):
             self.world.restart(self.process)
 
-    def _replace(self) -> None:
+    def _replace(self, seconds_max: float = 0.3) -> None:
         self.over = True
         twin = self.twin(self.process)
         self.process.apps.append(twin)
-        self.world.after(self.rng.random() * 0.3, self.world.act, self.process, twin)
+        self.world.after(self.rng.random() * seconds_max, self.world.act, self.process, twin)
 
 
 class Sending(App):
@@ -584,11 +584,10 @@ def admin(world: World, process: Process) -> None:
 
         def listed(answer: Any) -> None:
             if type(answer) is wire.OffsetsAre and answer.offsets and not world.healed:
-                entry = rng.choice(answer.offsets)
+                entry = rng.choice(answer.offsets[-4:])  # by topic: of those before some are deleted
                 to = rng.randint(0, entry.next)
-                for turn in range(rng.choice((1, 1, 2))):  # the second of two races with the first
-                    nonce = f"n{world.operations} {turn}"
-                    seek = wire.Seek(entry.group, entry.topic_id, entry.partition, nonce, entry.lease, to)
+                for _ in range(rng.choice((1, 1, 2))):  # the second of two races with the first
+                    seek = wire.Seek(entry.group, entry.topic_id, entry.partition, world.nonce(), entry.lease, to)
                     session.call(world.now, seek, Called(_settled), world.now + 4.0)
 
         world.operations += 1

@@ -118,10 +118,10 @@ class Member(App):
             return
         elif self.stopping:
             self.leave()
-            self._replace()
+            self._replace(1.0)
         elif self.renewing or known != self.topic_ids:
             self.leave()
-        elif not healed and self.places and self.rng.random() < 0.02:
+        elif not healed and self.places and self.rng.random() < 0.06:
             self._seek(self.rng.choice(list(self.places.values())))
         else:
             self._fetch()
@@ -222,9 +222,11 @@ class Member(App):
         self.busy = True
         to = self.rng.randint(0, place.next)
         assert self.membership is not None
-        nonce = f"n{self.world.operations}"
-        request = wire.Seek(self.group, *place.key, nonce, place.lease, to, self.member)
+        request = wire.Seek(self.group, *place.key, self.world.nonce(), place.lease, to, self.member)
         self.ask(request, partial(self._sought, self.membership, place))
+        if self.rng.random() < 0.5:
+            # It is done, and this member learns of it when another holds the partition, perhaps.
+            self.world.cut_off(self.process)
 
     def _sought(self, membership: Membership, place: Place, answer: Any) -> None:
         self.busy = False
@@ -297,9 +299,8 @@ class Member(App):
         if self.block is block:
             self.block = None
             self.busy = False
-        incarnation = self.session.incarnation
         if self.member:
-            self.world.oracle.handled(self.member, incarnation, whole=not isinstance(answer, IdemqError | None))
+            self.world.oracle.handled(self.member, whole=not isinstance(answer, IdemqError | None))
         if self.membership is None:
             return
         lost = False
@@ -312,7 +313,8 @@ class Member(App):
             if isinstance(answer, IdemqError):
                 named = (answer.details.get("topic_id"), answer.details.get("partition")) == place.key
                 if answer.code == "OFFSET_CONFLICT" and named:
-                    place.next = int(answer.details["next"] or 0)
+                    # Whatever moved it, no attempt at what is next there is stored.
+                    place.next, place.attempts = int(answer.details["next"] or 0), 0
                 elif answer.code == "LEASE_LOST" and named:
                     del self.places[place.key]
                     lost = True
@@ -378,7 +380,7 @@ class Worker(Sending, Member):
     def _begin(self, block: Block) -> None:
         world = self.world
         world.oracle.handles(self.member, block.messages)
-        seconds = self.rng.random() * (0.02 if world.healed else self.rng.choice((0.0, 0.0, 0.1, 0.4, 1.0)))
+        seconds = self.rng.random() * (0.02 if world.healed else self.rng.choice((0.0, 0.0, 0.0, 0.1, 0.3, 1.0)))
         life = world.oracle.lives[self.session.incarnation]
         numbers = [life.logs[key.topic_id, key.partition][offset] for key, offset in block.messages]
         if any(world.is_poison(number) for number in numbers):

@@ -203,15 +203,6 @@ MUTANTS = [
         "if end == row.next + 1:\n        return row._replace(attempts=row.attempts + 1)\n"
         "    return row._replace(suspects_end",
     ),
-    _one(
-        "who comes back to a new broker wants what its rows say",
-        CORE,
-        "_heartbeat",
-        "changed = member is None or member.topics != frozenset(request.topics)\n"
-        "        self._take_holders(now, group, request.topics, rows)",
-        "self._take_holders(now, group, request.topics, rows)\n"
-        "        changed = member is None or member.topics != frozenset(request.topics)",
-    ),
     _one("nobody is suspected", groups, "ended_uncleanly", "if row.next >= end or", "if True or"),
     _one("an attempt is not stored", groups, "moved", "or entry.attempts <= row.attempts", "or True"),
     _one(

@@ -214,7 +214,7 @@ class Oracle:
         """What is handled so often in vain is a dead letter."""
         self.in_hand: dict[str, list[Input]] = {}
         """Member -> what it handles just now."""
-        self.interrupted: Counter[tuple[bytes, Input]] = Counter()
+        self.interrupted: Counter[Input] = Counter()
         """How often the handling of one message, with no other in the same hands, came to no end: its process died or
         hung, or lost the lease, or could not learn that its attempt was stored."""
         self.is_poison: Callable[[int], bool] = lambda number: False
@@ -514,7 +514,7 @@ class Oracle:
         if self.is_poison(log[message.offset]):
             return
         others = sum(hand == [message] for member, hand in self.in_hand.items() if member != ask.app.member)
-        seen = self.interrupted[life.incarnation, message] + others
+        seen = self.interrupted[message] + others
         if seen < self.attempts_max:
             raise Violation(f"{message} is a dead letter, and only {seen} of {self.attempts_max} times alone in hands")
 
@@ -522,11 +522,11 @@ class Oracle:
         """A member has these in its hands from now on."""
         self.in_hand[member] = messages
 
-    def handled(self, member: str, incarnation: bytes, whole: bool) -> None:
+    def handled(self, member: str, whole: bool) -> None:
         """A member has nothing in its hands any more. `whole`: the handling came to its end."""
         hand = self.in_hand.pop(member, [])
         if len(hand) == 1 and not whole:
-            self.interrupted[incarnation, hand[0]] += 1
+            self.interrupted[hand[0]] += 1
 
     # ---------------------------------------------------------------------------------------- what is answered
 
@@ -671,6 +671,8 @@ class Oracle:
     def restore(self, copy: Life, incarnation: bytes) -> None:
         """An older copy of the store was put in place, under a new incarnation."""
         copy.incarnation = incarnation
+        for key, place in copy.places.items():  # what was in hand when the copy was made came to no end in it
+            self.interrupted[Input(key, place.next)] += place.attempts
         self.life = self.lives[incarnation] = copy
 
     # ------------------------------------------------------------------------------------------ at the end

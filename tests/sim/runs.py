@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections import Counter
@@ -33,5 +34,12 @@ def play_many(seeds: range) -> tuple[Counter[str], list[int], float]:
     """Some seeds in this process: what was counted, which are wrong, the seconds of CPU it took."""
     began = time.process_time()
     COUNTS.clear()
-    wrong = [seed for seed in seeds if play(seed)]
+    gc.disable()  # a world is a heap of cycles: they are looked for once in a while, all together
+    wrong = []
+    for number, seed in enumerate(seeds):
+        if play(seed):
+            wrong.append(seed)
+        if number % 25 == 0:
+            gc.collect()
+    gc.enable()
     return Counter(COUNTS), wrong, time.process_time() - began

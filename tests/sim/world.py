@@ -24,7 +24,7 @@ from .members import Member, apps_of
 from .oracle import Life, Oracle, Source, Violation
 
 OPERATIONS = 300
-FAULTS = 10
+FAULTS = 24
 HEALED_S_MAX = 120.0
 """Once healed, everything must have ended after so long."""
 
@@ -114,8 +114,8 @@ class World:
         self.timeout_s = rng.choice((1.0, 5.0, 30.0))
         self.member_timeout_ms = rng.choice((300, 700, 2_000))
         self.release_ms_max = rng.choice((50, 300, 2_000))
-        self.in_hand_max = rng.choice((1, 2, 4))
-        self.poison_every = rng.choice((0, 60, 120))
+        self.in_hand_max = rng.choice((1, 3, 8))
+        self.poison_every = rng.choice((0, 0, 60, 120))
 
         self.incarnations = 1
         self.store = MemoryStore(b"store-%d" % self.incarnations)
@@ -170,6 +170,11 @@ class World:
     def clock(self) -> Now:
         """The broker's clocks."""
         return Now(int(self.now * 1000) + 1, int((self.wall_s + self.now) * 1000))
+
+    def nonce(self) -> str:
+        """A name that nothing else has."""
+        self.session_number += 1
+        return f"n{self.session_number}"
 
     def count(self, what: str) -> None:
         """For coverage: this happened."""
@@ -229,7 +234,7 @@ class World:
         """A process is gone, and another started in its place."""
         for app in process.apps:
             if isinstance(app, Member):
-                self.oracle.handled(app.member, process.session.incarnation, whole=False)
+                self.oracle.handled(app.member, whole=False)
         self._start(process.number)
 
     def die(self, process: Process) -> None:
@@ -371,8 +376,11 @@ class World:
         if outputs:
             self._output(outputs)
         if waits and not self.beginning and self.group is None:
-            self.beginning = True
-            self.after(self.random() * 0.002, self._begin, None, None)
+            if core._building.writes:
+                self.beginning = True
+                self.after(self.random() * 0.002, self._begin, None, None)
+            else:
+                self._begin(None, None)
 
     def _output(self, outputs: list[Any]) -> None:
         """These leave the broker: those of one connection together."""
@@ -687,36 +695,46 @@ class World:
         return True
 
     def _fault_hang(self) -> bool:
-        """A process does nothing for longer than a member may be silent; its connection stays."""
-        process = self.rng.choice(self.processes)
-        process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
+        """Processes do nothing for longer than a member may be silent; their connections stay."""
+        for process in self.rng.sample(self.processes, self.rng.choice((1, 1, len(self.processes)))):
+            process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
         return True
 
     def _fault_cutoff(self) -> bool:
         """A process reaches nobody for a while, and goes on as if nothing were."""
         process = self.rng.choice(self.processes)
-        process.cut_off_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
+        link = process.link
+        if link is not None:
+            link.up_kept = min(link.up_kept, self.rng.randint(link.up_done, link.up_count))
+        self.cut_off(process)
+        return True
+
+    def cut_off(self, process: Process) -> None:
+        """It hears nothing from now on, and then loses its connection and gets no other for a while."""
+        process.cut_off_until = self.now + self.member_timeout_ms / 1000 * (0.8 + self.random())
         link = process.link
         if link is not None:
             link.down_kept = min(link.down_kept, link.down_count)
-            link.up_kept = min(link.up_kept, self.rng.randint(link.up_done, link.up_count))
             self.after(self.random() * 0.5, self._lost, link, None)
             self.at(max(link.up_at, link.up_from, self.now) + self.random(), self._peer_lost, link, None)
-        return True
 
     def _fault_leave(self) -> bool:
-        """A member stops in good order, and another is started."""
+        """Members of a group stop in good order, one or all, and others are started later."""
         members = [
             app for process in self.processes for app in process.apps if isinstance(app, Member) and not app.over
         ]
         if not members:
             return False
-        self.rng.choice(members).stopping = True
+        first = self.rng.choice(members)
+        everybody = self.random() < 0.5
+        for member in members:
+            if member is first or (everybody and member.group == first.group):
+                member.stopping = True
         return True
 
     def _fault_ambush(self) -> bool:
         """Wait for a certain request, then have it arrive late, when its sender is gone or went on elsewhere."""
-        self.ambush = self.rng.choice(("Open", "Heartbeat", "Seek", "Commit", "Commit"))
+        self.ambush = self.rng.choice(("Open", "Heartbeat", "Seek", "Commit", "Commit", "Commit"))
         return True
 
     def _spring(self, link: Link, frames: list[Any]) -> None:
@@ -769,8 +787,9 @@ class World:
             if isinstance(app, Sending)
             and app.named
             and not app.over
-            and app.producer.queue
+            and app.producer.opened
             and process.link is not None
+            and process.asleep_until <= self.now
         ]
         if not apps:
             return False
@@ -778,6 +797,8 @@ class World:
         link = app.process.link
         assert link is not None
         link.down_kept = min(link.down_kept, link.down_count)
+        app.act(self.healed)
+        self.pump(app.process)
         if self.random() < 0.5:
             link.up_from = max(link.up_from, self.now + 0.6)
         count = self.rng.choice((1, 2, 6))
@@ -875,6 +896,13 @@ class World:
             process.apps = [app for app in process.apps if not app.over]
         admin(self, self.processes[0])
         self.pump(self.processes[0])
+        self.after(0.2, self._grow, None, None)
+
+    def _grow(self, _one: None, _two: None) -> None:
+        """A topic that members hold gets one more partition: somebody must get it, with no fault to help."""
+        for topic in self.store.topics():
+            if topic.name == "t0" and not topic.deleted:
+                self.probe(wire.AlterTopic(topic.topic_id, len(topic.floors) + 1, wire.Settings()))
 
     def _unfinished(self) -> list[str]:
         unfinished = [
@@ -919,15 +947,15 @@ FAULT_KINDS = (
     *("group",) * 2,
     "full",
     *("kill",) * 2,
-    *("ambush",) * 4,
+    *("ambush",) * 6,
     *("takeovers",) * 2,
     *("pause",) * 2,
     "sleep",
     "clock",
     *("restore",) * 2,
-    *("hang",) * 3,
+    *("hang",) * 4,
     *("cutoff",) * 2,
-    "leave",
+    *("leave",) * 2,
 )
 JUDGED = frozenset({wire.Commit, wire.Open, wire.Heartbeat, wire.Seek, wire.DeleteOffsets})
 """Requests whose answers the oracle sees."""
