@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from . import wire
 from .connection import Address, find_token
 from .consumer import PREFETCH_BYTES, Start, Subscription, check_start, place
-from .engine import Engine, NativeEngine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
+from .engine import Engine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
 from .errors import (
     BrokerBusy,
     ClientClosed,
@@ -29,6 +29,7 @@ from .errors import (
     Unsupported,
 )
 from .group import Callback
+from .native import NativeEngine
 from .producer import Producer, check_timeout, leave
 from .records import Headers, Receipt
 from .wire import TopicPartition
