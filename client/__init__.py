@@ -11,6 +11,7 @@ from .errors import (
     ClientClosed,
     ConnectionLost,
     FatalError,
+    HandlerTimeout,
     IdemqError,
     InvalidRequest,
     LeaseLost,
@@ -37,6 +38,7 @@ from .errors import (
 )
 from .producer import Producer
 from .records import Message, Receipt, Record, SendSummary
+from .retry import RetryPolicy
 from .transaction import Transaction
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "FatalError",
     "GroupInfo",
     "GroupOffset",
+    "HandlerTimeout",
     "IdemqError",
     "InvalidRequest",
     "LeaseLost",
@@ -70,6 +73,7 @@ __all__ = [
     "Receipt",
     "Record",
     "RetriableError",
+    "RetryPolicy",
     "SendSummary",
     "SequenceConflict",
     "SequenceGap",

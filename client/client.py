@@ -32,6 +32,7 @@ from .group import Callback
 from .native import NativeEngine
 from .producer import Producer, check_timeout, leave
 from .records import Headers, Receipt
+from .retry import RetryPolicy
 from .wire import TopicPartition
 
 DEFAULT_URL = "idemq://localhost:7750"
@@ -172,7 +173,7 @@ class Client:
         *topics: str,
         group: str | None = None,
         start: Start = "earliest",
-        retry: object = None,
+        retry: RetryPolicy | None = None,
         on_truncated: str = "raise",
         prefetch_bytes: int = PREFETCH_BYTES,
         on_assigned: Callback | None = None,
@@ -182,15 +183,24 @@ class Client:
 
         `start` counts where the group has no position yet. `on_truncated`: "raise" OffsetTruncated when retention has
         passed the position, or go on at the "earliest". `on_assigned` and `on_revoked` (functions or coroutine
-        functions of [(topic, partition)]) run before a partition is read, and before it is given back.
+        functions of [(topic, partition)]) run before a partition is read, and before it is given back. `retry`: what
+        `run` and `process` do with messages whose handler fails.
         """
         self._check_open()
-        if retry is not None:
-            raise Unsupported("subscribe(retry=…) is not offered yet")
         if group is not None:
             check_group(group)
         subscription = Subscription(
-            self._engine, topics, start, on_truncated, prefetch_bytes, self._timeout, group, on_assigned, on_revoked
+            self._engine,
+            topics,
+            start,
+            on_truncated,
+            prefetch_bytes,
+            self._timeout,
+            group,
+            on_assigned,
+            on_revoked,
+            retry,
+            self.producer,
         )
         self._subscriptions = [one for one in self._subscriptions if not one._closed]
         self._subscriptions.append(subscription)

@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
-from typing import Any, NoReturn, overload
+from typing import overload
 
+from . import handling, processing, running
 from .engine import Engine, TopicInfo
-from .errors import ClientClosed, IdemqError, InvalidRequest, UnknownTopic, Unsupported
+from .errors import ClientClosed, IdemqError, InvalidRequest, OutcomeUnknown, UnknownTopic
 from .group import Callback, GroupConsumer, Leased, moves
+from .handling import HANDLER_TIMEOUT_S, Handler, Handling
+from .producer import GIVE_UP_S, Producer
 from .reader import Piece, Reader, Reading
 from .records import Message
+from .retry import RetryPolicy
 from .wire import NUMBER_MAX, TopicPartition
 
 PREFETCH_BYTES = 8 << 20
@@ -80,6 +85,8 @@ class Subscription:
         group: str | None = None,
         on_assigned: Callback | None = None,
         on_revoked: Callback | None = None,
+        retry: RetryPolicy | None = None,
+        producer: Callable[[], Producer] | None = None,
     ) -> None:
         if not topics:
             raise InvalidRequest("subscribe to at least one topic")
@@ -89,6 +96,10 @@ class Subscription:
             raise InvalidRequest("prefetch_bytes lies in 1 .. 1 GiB")
         if group is None and (on_assigned is not None or on_revoked is not None):
             raise InvalidRequest("on_assigned and on_revoked need a group: without one all partitions are read")
+        if retry is not None and not isinstance(retry, RetryPolicy):
+            raise InvalidRequest(f"retry is a RetryPolicy, not {retry!r}")
+        if retry is not None and group is None:
+            raise InvalidRequest("a RetryPolicy needs a group: subscribe(…, group=NAME)")
         check_start(start)
         self._engine = engine
         self._names = list(dict.fromkeys(topics))
@@ -101,6 +112,11 @@ class Subscription:
         self._opening = asyncio.Lock()
         self._opened = self._closed = False
         self._refreshing: asyncio.Task[None] | None = None
+        self._retry = retry
+        self._new_producer = producer
+        self._transactions: Producer | None = None
+        self._handling: Handling | None = None
+        """The call of `run` or `process` that is under way."""
 
     @property
     def assigned(self) -> list[tuple[str, int]]:
@@ -243,8 +259,12 @@ class Subscription:
                     group.returned()
 
     def stop(self) -> None:
-        """End the iterations that run, as soon as they come back for more."""
-        self._reader.stop()
+        """End the iterations that run, as soon as they come back for more; `run` and `process` when they are finished
+        with what they have begun, within 8 s."""
+        if self._handling is None:
+            self._reader.stop()
+        else:
+            self._handling.stop()
 
     def end(self) -> None:
         """Begin to close: nothing more is read."""
@@ -259,6 +279,9 @@ class Subscription:
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
         await self._reader.close()
+        if self._transactions is not None:
+            with suppress(OutcomeUnknown):  # whoever waited for a transaction was told when he gave up
+                await self._transactions.close(GIVE_UP_S)
         if self._group is not None:
             await self._group.leave()
 
@@ -275,17 +298,51 @@ class Subscription:
         else:
             group.commit_soon(moved)
 
-    async def run(self, handler: Callable[..., Any], *, concurrency: int = 1) -> NoReturn:
-        """Handle every message, at least once: needs a group."""
-        raise Unsupported("run() needs a group, and groups are not offered yet: loop over the subscription")
+    async def run(
+        self,
+        handler: Handler,
+        *,
+        concurrency: int = 1,
+        until_idle: float | None = None,
+        handler_timeout: float = HANDLER_TIMEOUT_S,
+    ) -> None:
+        """Call `handler(message)` for every message, at least once each; `concurrency` of them at a time.
 
-    async def process(self, handler: Callable[..., Any], *, max_messages: int = 500) -> NoReturn:
-        """Handle every message and store what comes of it, in one transaction: needs a group."""
-        raise Unsupported("process() needs a group, and groups are not offered yet: loop over batches()")
+        A plain function is called in a thread, a coroutine function on the loop, where it must not block. Messages of
+        one partition with one key are handled in order; all of a partition with a concurrency of 1. What is finished
+        is committed within 100 ms, up to the first message that is not. At most 500 messages are in hand.
 
-    async def reject(self, message: Message, *, reason: str = "") -> NoReturn:
-        """Set a message aside for the group: needs a group."""
-        raise Unsupported("reject() needs a group, and groups are not offered yet")
+        A handler that raises, or takes longer than `handler_timeout` seconds, is treated as the subscription's
+        RetryPolicy says; without one the call raises its error, when everything that is finished is committed. Raises
+        HandlerTimeout, and leaves the group, when a thread cannot be stopped; CircuitOpen.
+
+        Returns after `stop()`, SIGTERM or SIGINT (where nobody else holds the signal), or when nothing came for
+        `until_idle` seconds and nothing is left to be done.
+        """
+        await running.run(self, handler, concurrency, until_idle, handler_timeout)
+
+    async def process(
+        self,
+        handler: Handler,
+        *,
+        max_messages: int = 500,
+        until_idle: float | None = None,
+        handler_timeout: float = HANDLER_TIMEOUT_S,
+    ) -> None:
+        """Call `handler(message, tx)` for message after message; what it sends with `tx` and that the message is done
+        with are stored together, effectively once. A transaction holds up to `max_messages` messages.
+
+        When a handler fails, what was handled before it is stored; then it is treated alone, as the RetryPolicy says,
+        and what it sent is dropped. Everything else as in `run`.
+        """
+        await processing.process(self, handler, max_messages, until_idle, handler_timeout)
+
+    async def reject(self, message: Message, *, reason: str = "") -> None:
+        """Make a dead letter of a message, and move the group past it, in one transaction.
+
+        It must be the first of its partition that is not committed; the RetryPolicy names the topic.
+        """
+        await handling.reject(self, message, reason)
 
     async def pause(self, topic: str, partition: int) -> None:
         """Hand out nothing more of a partition until `resume`; a group's member keeps it."""
@@ -313,6 +370,13 @@ class Subscription:
         await self.close()
 
     # ------------------------------------------------------------------------------------------------- inside
+
+    def _producer(self) -> Producer:
+        """This subscription's own, anonymous; another one when the broker has forgotten it."""
+        if self._transactions is None or self._transactions.ended:
+            assert self._new_producer is not None
+            self._transactions = self._new_producer()
+        return self._transactions
 
     def _grouped(self, what: str) -> GroupConsumer:
         if self._group is None:

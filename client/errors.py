@@ -16,7 +16,7 @@
         ├── UnknownTopic, UnknownGroup, UnknownProducer, TopicExists
         ├── MessageTooLarge, TransactionTooLarge
         ├── SequenceGap, SequenceConflict, ChecksumMismatch, StoreReplaced
-        └── OffsetTruncated, CircuitOpen
+        └── OffsetTruncated, CircuitOpen, HandlerTimeout
 
 Each has `.code` (stable text), `.remedy` (one sentence: what to do next) and `.details` (for programs). Pure.
 """
@@ -267,6 +267,14 @@ class CircuitOpen(FatalError):
 
     code = "CIRCUIT_OPEN"
     remedy = "Mend what the handler depends on, then start again."
+
+
+class HandlerTimeout(FatalError):
+    """A handler took too long. Raised by `run` and `process` when its thread, which cannot be stopped, still works on
+    the message: this member has left the group."""
+
+    code = "HANDLER_TIMEOUT"
+    remedy = "Raise handler_timeout, or mend the handler; end this process, so that the thread ends, too."
 
 
 class Unsupported(FatalError):

@@ -20,7 +20,10 @@ from . import client, consumer, errors, producer, transaction, wire
 from .consumer import Batch
 from .errors import ClientClosed
 from .group import Callback
+from .handling import HANDLER_TIMEOUT_S, Handler
 from .records import Message, Receipt, Record, SendSummary
+from .retry import RetryPolicy
+from .threads import stopped_by_signals
 
 __all__ = ["Client", "OutcomeUnknown", "Producer", "Subscription", "Transaction", "connect"]
 
@@ -83,6 +86,10 @@ class _Thread:
             else:
                 future.cancel()
             raise
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call it on the loop, and do not wait."""
+        self._loop.call_soon_threadsafe(function)
 
     def leave(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """As `run`, and nothing when the client has ended: that closed everything."""
@@ -269,8 +276,6 @@ class Subscription(_Facade[consumer.Subscription]):
     seek = _blocking(consumer.Subscription.seek)
     stop = _quick(consumer.Subscription.stop)
     commit = _blocking(consumer.Subscription.commit)
-    run = _blocking(consumer.Subscription.run)
-    process = _blocking(consumer.Subscription.process)
     reject = _blocking(consumer.Subscription.reject)
     pause = _blocking(consumer.Subscription.pause)
     resume = _blocking(consumer.Subscription.resume)
@@ -279,6 +284,42 @@ class Subscription(_Facade[consumer.Subscription]):
     def assigned(self) -> list[tuple[str, int]]:
         """(topic, partition) of everything that is read."""
         return list(self.positions())
+
+    def run(
+        self,
+        handler: Handler,
+        *,
+        concurrency: int = 1,
+        until_idle: float | None = None,
+        handler_timeout: float = HANDLER_TIMEOUT_S,
+    ) -> None:
+        """As `idemq.Subscription.run`. A plain function is called in a thread of its own."""
+        with stopped_by_signals(self._stop_soon):
+            self._thread.run(
+                self._inner.run(
+                    handler, concurrency=concurrency, until_idle=until_idle, handler_timeout=handler_timeout
+                )
+            )
+
+    def process(
+        self,
+        handler: Handler,
+        *,
+        max_messages: int = 500,
+        until_idle: float | None = None,
+        handler_timeout: float = HANDLER_TIMEOUT_S,
+    ) -> None:
+        """As `idemq.Subscription.process`. A plain function is called in a thread of its own."""
+        with stopped_by_signals(self._stop_soon):
+            self._thread.run(
+                self._inner.process(
+                    handler, max_messages=max_messages, until_idle=until_idle, handler_timeout=handler_timeout
+                )
+            )
+
+    def _stop_soon(self) -> None:
+        """From a signal handler, while this thread waits."""
+        self._thread.call_soon(self._inner.stop)
 
     def batches(self, max_messages: int = 500, max_wait: float = 0.05) -> Iterator[Batch]:
         """As `idemq.Subscription.batches`."""
@@ -366,7 +407,7 @@ class Client(_Facade[client.Client]):
         *topics: str,
         group: str | None = None,
         start: consumer.Start = "earliest",
-        retry: object = None,
+        retry: RetryPolicy | None = None,
         on_truncated: str = "raise",
         prefetch_bytes: int = consumer.PREFETCH_BYTES,
         on_assigned: Callback | None = None,

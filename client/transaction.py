@@ -11,8 +11,9 @@ from types import TracebackType
 from .engine import EngineProducer
 from .errors import ClientClosed, IdemqError, InvalidRequest, TransactionTooLarge, Unsupported
 from .group import Move, aborted, moves, plan, rewind, stored
-from .records import Headers, Message, Receipt, Record, check_record
-from .wire import COMMIT_BYTES_MAX, TOKEN_BYTES_MAX
+from .records import RECORD_BYTES, Headers, Message, Receipt, Record, check_record
+from .session import TRANSACTION_BYTES_MAX
+from .wire import TOKEN_BYTES_MAX
 
 
 class Transaction:
@@ -54,11 +55,15 @@ class Transaction:
         self._check_open()
         if message_id is not None:
             raise Unsupported("message ids are not offered yet")
-        self._bytes += check_record(value, key, headers) + 16
-        if self._bytes > COMMIT_BYTES_MAX:
-            raise TransactionTooLarge(f"a transaction holds at most {COMMIT_BYTES_MAX} bytes")
+        self._add(topic, Record(value, key, headers, partition, seq))
+
+    def _add(self, topic: str, record: Record) -> None:
+        self._bytes += check_record(record.value, record.key, record.headers) + RECORD_BYTES
+        if self._bytes > TRANSACTION_BYTES_MAX:
+            raise TransactionTooLarge(f"a transaction holds at most {TRANSACTION_BYTES_MAX} bytes")
         # A copy: the caller may fill the same mapping again for the next message.
-        self._sends.append((topic, Record(value, key, None if headers is None else dict(headers), partition, seq)))
+        headers = None if record.headers is None else dict(record.headers)
+        self._sends.append((topic, record._replace(headers=headers)))
 
     def set_token(self, token: bytes) -> None:
         """Store a position of yours with the transaction; it comes back as `producer.token` when the name is opened."""
@@ -78,15 +83,32 @@ class Transaction:
         self._move(batch, metadata)
 
     def _move(self, what: object, metadata: bytes | None) -> None:
-        known = {move.leased: index for index, (move, _) in enumerate(self._moves)}
         for move in moves(what):
-            index = known.get(move.leased)
-            if index is None:
-                self._moves.append((move, metadata))
-                continue
-            earlier, noted = self._moves[index]
-            earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
-            self._moves[index] = (earlier, noted if metadata is None else metadata)
+            self._merge(move, metadata)
+
+    def _merge(self, move: Move, metadata: bytes | None) -> None:
+        for index, (earlier, noted) in enumerate(self._moves):
+            if earlier.leased is move.leased:
+                earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
+                self._moves[index] = (earlier, noted if metadata is None else metadata)
+                return
+        self._moves.append((move, metadata))
+
+    # A handler's own (`processing.py`): begun and ended without a block; another transaction stores what it holds.
+
+    def _begun(self) -> Transaction:
+        self._state = "open"
+        return self
+
+    def _end(self) -> None:
+        self._state = "ended"
+
+    def _absorb(self, other: Transaction) -> None:
+        self._sends += other._sends
+        self._bytes += other._bytes
+        self._token = self._token if other._token is None else other._token
+        for move, metadata in other._moves:
+            self._merge(move, metadata)
 
     def _check_open(self) -> None:
         if self._state != "open":

@@ -19,17 +19,18 @@ ERRORS = [
     "TransactionAborted", "LeaseLost", "OffsetConflict", "ProducerFenced", "FatalError", "AuthError",
     "PermissionDenied", "InvalidRequest", "UnknownTopic", "UnknownGroup", "UnknownProducer", "TopicExists",
     "MessageTooLarge", "TransactionTooLarge", "SequenceGap", "SequenceConflict", "ChecksumMismatch",
-    "OffsetTruncated", "ProtocolMismatch", "StoreReplaced", "CircuitOpen", "Unsupported", "ClientClosed",
+    "OffsetTruncated", "ProtocolMismatch", "StoreReplaced", "CircuitOpen", "HandlerTimeout", "Unsupported",
+    "ClientClosed",
 ]  # fmt: skip
 VALUES = [
     "Record", "Message", "Receipt", "SendSummary", "TopicInfo", "PartitionInfo", "ProducerInfo", "Batch",
-    "GroupInfo", "MemberInfo", "GroupOffset",
+    "GroupInfo", "MemberInfo", "GroupOffset", "RetryPolicy",
 ]  # fmt: skip
 OBJECTS = [
     "Client", "Producer", "Transaction", "Subscription", "connect",
 ]  # fmt: skip
 LATER = [
-    "RetryPolicy", "Inbox", "Outbox", "AsyncInbox", "AsyncOutbox",
+    "Inbox", "Outbox", "AsyncInbox", "AsyncOutbox",
 ]  # fmt: skip
 
 FIELDS = {

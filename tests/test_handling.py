@@ -1,0 +1,1120 @@
+"""`process`, `run` and `reject` on a real broker: what is stored when handlers succeed, fail, hang, or die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+import idemq
+import idemq.sync
+from idemq import Message, Record, RetryPolicy, Transaction
+from idemq.client import dead_letters, handling, wire
+from idemq.client.dead_letters import DEAD_LETTER, DeadLetters, Place, facts
+from idemq.testing import Link
+
+from .support import Broker, broker, eventually, read, run
+
+IDLE_S = 0.1
+QUICK = RetryPolicy(max_attempts=3, backoff=0.001, max_backoff=0.002, dead_letter="dlq")
+
+
+@asynccontextmanager
+async def world(messages: int = 0, partitions: int = 1, **settings: Any) -> AsyncIterator[tuple[Broker, idemq.Client]]:
+    """A broker with `in`, whose messages are numbered and lie in turn on its partitions; `out`, `dlq` and `parking`."""
+    async with broker(**settings) as b, idemq.connect(b.url) as mq:
+        await mq.create_topic("in", partitions=partitions)
+        for name in ("out", "dlq", "parking"):
+            await mq.create_topic(name)
+        await publish(mq, messages, partitions)
+        yield b, mq
+
+
+async def publish(mq: idemq.Client, count: int, partitions: int = 1, keys: int = 5) -> None:
+    async with mq.producer() as p:
+        await p.send_many(
+            "in",
+            [Record(b"%d" % n, b"key-%d" % (n % keys) if keys else None, None, n % partitions) for n in range(count)],
+        )
+
+
+async def values(mq: idemq.Client, topic: str = "out") -> list[int]:
+    return [int(message.value) for message in await read(mq, topic)]
+
+
+async def positions(mq: idemq.Client, group: str = "g") -> dict[tuple[str, int], int]:
+    return {one[:2]: one.next for one in (await mq.describe_group(group)).offsets}
+
+
+async def reached(mq: idemq.Client, offset: int) -> None:
+    while await positions(mq) != {("in", 0): offset}:  # noqa: ASYNC110 - the broker tells nobody
+        await asyncio.sleep(0.01)
+
+
+async def attempts(mq: idemq.Client, group: str = "g") -> int:
+    return (await mq.describe_group(group)).offsets[0].attempts
+
+
+async def die(mq: idemq.Client) -> None:
+    """As a process that is killed: its member leaves no group."""
+    await mq._engine.close()
+
+
+def number(message: Message) -> int:
+    return int(message.value)
+
+
+async def copy(message: Message, tx: Transaction) -> None:
+    tx.send("out", message.value)
+
+
+def copy_in_thread(message: Message, tx: Transaction) -> None:
+    assert threading.current_thread().name == "idemq-handler"
+    tx.send("out", message.value)
+
+
+class CopyObject:
+    async def __call__(self, message: Message, tx: Transaction) -> None:
+        await copy(message, tx)
+
+
+class Poison(Exception):
+    pass
+
+
+def failing(*numbers: int, how: Callable[[Message], None] | None = None) -> Callable[[Message, Transaction], Any]:
+    """Copies, and fails behind the copy for these."""
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        tx.send("out", message.value)
+        if number(message) in numbers:
+            if how is not None:
+                how(message)
+            raise Poison(f"number {number(message)}")
+
+    return handler
+
+
+# ---------------------------------------------------------------------------------------------------------- process
+
+
+@pytest.mark.parametrize("handler", [copy, copy_in_thread, CopyObject()])
+@run
+async def test_process_stores_each_message_and_its_output_once(handler: Any) -> None:
+    async with world(1000, partitions=3) as (_, mq):
+        for _ in range(2):  # the second finds nothing
+            async with mq.subscribe("in", group="g") as sub:
+                await sub.process(handler, max_messages=70, until_idle=IDLE_S)
+        assert sorted(await values(mq)) == list(range(1000))
+        assert sum((await positions(mq)).values()) == 1000
+        assert [one.name for one in await mq.producers() if not one.name.startswith("~")] == []
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@run
+async def test_without_a_policy_the_error_is_raised_and_what_was_handled_before_is_stored(in_thread: bool) -> None:
+    async with world(10) as (_, mq):
+        inner = failing(6)
+
+        def plain(message: Message, tx: Transaction) -> None:
+            tx.send("out", message.value)
+            if number(message) == 6:
+                raise Poison("number 6")
+
+        async with mq.subscribe("in", group="g") as sub:
+            with pytest.raises(Poison, match="number 6") as caught:
+                await sub.process(plain if in_thread else inner)
+            assert "message 6 of partition 0 of 'in'" in caught.value.__notes__[0]
+            assert await values(mq) == list(range(6)), "the failed one's output is dropped"
+            assert await positions(mq) == {("in", 0): 6}
+            assert await attempts(mq) == 1
+            again: list[tuple[int, int]] = []
+
+            async def note(message: Message, tx: Transaction) -> None:
+                again.append((number(message), message.attempt))
+
+            await sub.process(note, until_idle=IDLE_S)
+        assert again == [(6, 2), (7, 1), (8, 1), (9, 1)]
+
+
+@run
+async def test_a_failed_message_is_tried_again_in_its_place_while_other_partitions_go_on() -> None:
+    order: list[tuple[int, int]] = []
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        order.append((number(message), message.attempt))
+        if number(message) == 2 and message.attempt < 3:
+            raise Poison
+        tx.send("out", message.value)
+
+    async with world(20, partitions=2) as (_, mq):
+        policy = RetryPolicy(backoff=0.2, max_backoff=0.2)
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            await sub.process(handler, until_idle=0.05)
+        even = [one for one in order if not one[0] % 2]
+        assert even == [(0, 1), (2, 1), (2, 2), (2, 3), *[(n, 1) for n in range(4, 20, 2)]]
+        odd = [one for one in order if one[0] % 2]
+        assert odd == [(n, 1) for n in range(1, 20, 2)]
+        assert order.index((19, 1)) < order.index((2, 2)), "the other partition did not wait"
+        assert sorted(await values(mq)) == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["process", "run", "run 8", "in a thread"])
+@run
+async def test_what_fails_too_often_becomes_a_dead_letter_and_the_others_go_on(kind: str) -> None:
+    calls: Counter[int] = Counter()
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        calls[number(message)] += 1
+        if tx is not None:
+            tx.send("out", message.value)
+        if number(message) % 10 == 3:
+            raise Poison("bad number")
+
+    def plain(message: Message) -> None:
+        calls[number(message)] += 1
+        if number(message) % 10 == 3:
+            raise Poison("bad number")
+
+    async with world(60, partitions=2) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=QUICK) as sub:
+            if kind == "process":
+                await sub.process(handler, until_idle=IDLE_S)
+            elif kind == "in a thread":
+                await sub.run(plain, concurrency=3, until_idle=IDLE_S)
+            else:
+                await sub.run(handler, concurrency=8 if "8" in kind else 1, until_idle=IDLE_S)
+        assert await positions(mq) == {("in", 0): 30, ("in", 1): 30}
+        letters = await read(mq, "dlq")
+        poison = [3, 13, 23, 33, 43, 53]
+        assert sorted(map(number, letters)) == poison
+        assert calls == {n: 3 if n in poison else 1 for n in range(60)}
+        if kind == "process":
+            assert sorted(await values(mq)) == [n for n in range(60) if n not in poison]
+        said = facts(DEAD_LETTER, letters[0].headers)
+        assert said["reason"] == "bad number"
+        assert said["error"].endswith("Poison")
+        assert (said["attempts"], said["group"], said["topic"]) == ("3", "g", "in")
+        assert letters[0].key == b"key-%d" % (number(letters[0]) % 5)
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_an_error_of_no_retry_makes_a_dead_letter_at_once(kind: str) -> None:
+    calls: list[int] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        calls.append(number(message))
+        if number(message) == 1:
+            raise ValueError("not a customer")
+
+    policy = RetryPolicy(dead_letter="dlq", no_retry=(ValueError,))
+    async with world(3) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=IDLE_S)
+        assert calls == [0, 1, 2]
+        assert await values(mq, "dlq") == [1]
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_attempts_survive_the_worker_and_what_has_used_them_up_is_not_tried_again(kind: str) -> None:
+    seen: list[int] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        seen.append(message.attempt)
+        raise Poison
+
+    async def work(policy: RetryPolicy) -> None:
+        async with idemq.connect(b.url) as mine, mine.subscribe("in", group="g", retry=policy) as sub:
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=IDLE_S)
+
+    async with world(1) as (b, mq):
+        slow = RetryPolicy(max_attempts=5, backoff=20, max_backoff=20, dead_letter="dlq")
+        for worker in range(1, 4):
+            task = asyncio.create_task(work(slow))
+            await eventually(lambda expected=worker: len(seen) == expected)  # type: ignore[misc]
+            while await attempts(mq) != worker:  # noqa: ASYNC110 - the broker tells nobody
+                await asyncio.sleep(0.005)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        assert seen == [1, 2, 3]
+        await work(QUICK)
+        assert seen == [1, 2, 3], "three is all that this policy allows"
+        (letter,) = await read(mq, "dlq")
+        assert facts(DEAD_LETTER, letter.headers)["attempts"] == "3"
+        assert "not tried again" in facts(DEAD_LETTER, letter.headers)["reason"]
+        assert await positions(mq) == {("in", 0): 1}
+
+
+@run
+async def test_without_a_dead_letter_topic_a_restarted_worker_tries_again() -> None:
+    seen: list[int] = []
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        seen.append(message.attempt)
+        raise Poison
+
+    async with world(1) as (_, mq):
+        for _ in range(2):
+            async with mq.subscribe("in", group="g", retry=RetryPolicy(max_attempts=2, backoff=0)) as sub:
+                with pytest.raises(Poison):
+                    await sub.process(handler)
+        assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_who_kills_its_worker_is_found_and_its_neighbours_are_innocent(kind: str) -> None:
+    """Nothing is stored when a worker dies, but before a suspect is handled, alone, that it is tried."""
+    handled: Counter[int] = Counter()
+    doomed: list[idemq.Client] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if number(message) == 4:
+            await die(doomed[-1])
+            await asyncio.sleep(60)
+        handled[number(message)] += 1
+
+    policy = RetryPolicy(max_attempts=2, backoff=0.001, max_backoff=0.001, dead_letter="dlq")
+    async with world(8, partitions=2, member_timeout_ms=500) as (b, mq):
+        for _ in range(10):
+            mine = await idemq.connect(b.url, timeout=2)
+            doomed.append(mine)
+            sub = mine.subscribe("in", group="g", retry=policy)
+            options: dict[str, Any] = {} if kind == "process" else {"concurrency": 4}
+            task = asyncio.create_task(
+                (sub.process if kind == "process" else sub.run)(handler, until_idle=1.5, **options)
+            )
+            done, _ = await asyncio.wait([task], timeout=5)
+            alive = bool(done) and task.exception() is None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(mine.close(), return_exceptions=True)
+            if alive:
+                break
+        assert alive, "somebody survived"
+        assert await values(mq, "dlq") == [4]
+        assert set(handled) == {0, 1, 2, 3, 5, 6, 7}
+        assert await positions(mq) == {("in", 0): 4, ("in", 1): 4}
+        (letter,) = await read(mq, "dlq")
+        assert facts(DEAD_LETTER, letter.headers)["attempts"] == "2"
+
+
+@run
+async def test_a_position_that_is_set_meanwhile_stores_nothing_and_goes_on_from_there() -> None:
+    sought = False
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        nonlocal sought
+        tx.send("out", message.value)
+        if number(message) == 5 and not sought:
+            sought = True
+            await mq.seek_group("g", "in", 2)
+
+    async with world(8) as (_, mq):
+        async with mq.subscribe("in", group="g") as sub:
+            await sub.process(handler, until_idle=IDLE_S)
+        assert await values(mq) == list(range(2, 8))
+        assert await positions(mq) == {("in", 0): 8}
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_answers_that_are_lost_are_waited_for_and_nothing_is_run_again(kind: str) -> None:
+    calls: Counter[int] = Counter()
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        calls[number(message)] += 1
+        if tx is not None:
+            tx.send("out", message.value)
+        if number(message) % 20 == 7:
+            link.cut()
+        if number(message) == 50:
+            link.stall()
+            asyncio.get_running_loop().call_later(1.0, link.resume)  # longer than the client's timeout
+
+    async with world(100) as (b, mq), Link("127.0.0.1", b.port) as link, idemq.connect(link.url, timeout=0.5) as mine:
+        async with mine.subscribe("in", group="g") as sub:
+            if kind == "process":
+                await sub.process(handler, max_messages=10, until_idle=2.0)
+                assert await values(mq) == list(range(100))
+            else:
+                await sub.run(handler, until_idle=2.0)
+        assert calls == dict.fromkeys(range(100), 1)
+        assert await positions(mq) == {("in", 0): 100}
+
+
+@run
+async def test_an_anonymous_name_that_the_broker_forgot_is_replaced() -> None:
+    async with world(4) as (_, mq), mq.subscribe("in", group="g") as sub:
+        await sub.process(copy, max_messages=2, until_idle=IDLE_S)
+        name = sub._producer().name
+        await mq.delete_producer(name)
+        await publish(mq, 3)
+        await sub.process(copy, until_idle=IDLE_S)
+        assert await values(mq) == [0, 1, 2, 3, 0, 1, 2]
+        assert sub._producer().name != name
+
+
+@run
+async def test_too_much_for_one_transaction_is_stored_in_several_and_the_largest_message_may_die() -> None:
+    async def handler(message: Message, tx: Transaction) -> None:
+        if message.value == largest:
+            raise Poison
+        for _ in range(3):
+            tx.send("out", b"%7d" % number(message) * (700 << 10))
+
+    largest = b"x" * wire.MESSAGE_BYTES_MAX
+    async with world(3) as (_, mq):
+        await mq.send("in", largest)
+        async with mq.subscribe("in", group="g", retry=RetryPolicy(max_attempts=1, dead_letter="dlq")) as sub:
+            await sub.process(handler, until_idle=1.0)
+        async with mq.subscribe("out") as sub:
+            found = [int(one.value[:7]) async for one in take(sub, 9)]
+        assert found == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        async with mq.subscribe("dlq") as sub:
+            assert [one.value async for one in take(sub, 1)] == [largest]
+
+
+async def take(sub: idemq.Subscription, count: int) -> AsyncIterator[Message]:
+    async for message in sub:
+        yield message
+        count -= 1
+        if not count:
+            return
+
+
+@run
+async def test_a_handlers_transaction_takes_nothing_once_it_has_returned() -> None:
+    kept: list[Transaction] = []
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        for earlier in kept:
+            with pytest.raises(idemq.ClientClosed):
+                earlier.send("out", b"99")
+        kept.append(tx)
+        tx.send("out", message.value)
+
+    async with world(3) as (_, mq), mq.subscribe("in", group="g") as sub:
+        await sub.process(handler, until_idle=IDLE_S)
+        assert await values(mq) == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("kind", ["process", "run", "run in a thread"])
+@run
+async def test_stop_finishes_what_was_begun_and_begins_nothing_more(kind: str) -> None:
+    begun: list[int] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        begun.append(number(message))
+        if number(message) == 3:
+            sub.stop()
+            await asyncio.sleep(0.05)
+
+    loop = asyncio.get_running_loop()
+
+    def plain(message: Message) -> None:
+        begun.append(number(message))
+        if number(message) == 3:
+            asyncio.run_coroutine_threadsafe(stop(), loop).result()
+
+    async def stop() -> None:
+        sub.stop()
+
+    async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
+        if kind == "process":
+            await sub.process(handler)
+        else:
+            await sub.run(plain if "thread" in kind else handler)
+        assert begun == [0, 1, 2, 3]
+        assert await positions(mq) == {("in", 0): 4}
+        async for message in sub:  # the subscription is as good as before
+            assert number(message) == 4
+            break
+
+
+@pytest.mark.parametrize("number_", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", ["process", "run"])
+def test_a_signal_stops_in_the_main_thread(kind: str, number_: signal.Signals) -> None:
+    handled: list[int] = []
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        handled.append(number(message))
+        if number(message) == 3:
+            os.kill(os.getpid(), number_)
+            await asyncio.sleep(0.05)
+
+    async def main() -> None:
+        held = signal.getsignal(signal.SIGTERM)
+        async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
+            await (sub.process if kind == "process" else sub.run)(handler)
+            assert await positions(mq) == {("in", 0): 4}
+        assert signal.getsignal(signal.SIGTERM) is held
+
+    asyncio.run(main())
+    assert handled == [0, 1, 2, 3]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@run
+async def test_a_signal_that_somebody_holds_is_his() -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        if number(message) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
+            await sub.process(handler, until_idle=IDLE_S)
+            assert await positions(mq) == {("in", 0): 10}
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [signal.SIGTERM]
+
+
+def test_a_signal_stops_blocking_code() -> None:
+    """The main thread waits in `idemq.sync`, whose loop runs in another."""
+    handled: list[int] = []
+    ready, url = threading.Event(), ""
+    ending: list[Callable[[], None]] = []
+
+    def serve() -> None:
+        async def main() -> None:
+            nonlocal url
+            async with world(10) as (b, mq):
+                url = b.url
+                end = asyncio.Event()
+                ending.append(partial_threadsafe(asyncio.get_running_loop(), end.set))
+                ready.set()
+                await end.wait()
+                assert await positions(mq) == {("in", 0): 4}
+
+        asyncio.run(main())
+
+    def handler(message: Message) -> None:
+        handled.append(number(message))
+        if number(message) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ready.wait(30)
+    with idemq.sync.connect(url) as mq, mq.subscribe("in", group="g") as sub:
+        sub.run(handler)
+    ending[0]()
+    thread.join(30)
+    assert handled == [0, 1, 2, 3]
+
+
+def partial_threadsafe(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> Callable[[], None]:
+    return lambda: loop.call_soon_threadsafe(function) and None
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_handler_that_does_not_end_after_stop_is_cancelled_and_not_blamed(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handling, "HANDLERS_STOP_S", 0.05)
+    cancelled: list[int] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if number(message) == 3:
+            sub.stop()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(number(message))
+                raise
+
+    async with world(10) as (_, mq), mq.subscribe("in", group="g", retry=QUICK) as sub:
+        await (sub.process if kind == "process" else sub.run)(handler)
+        assert cancelled == [3]
+        assert await positions(mq) == {("in", 0): 3}
+        assert await attempts(mq) == 0
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_commit_that_is_not_answered_after_stop_is_unknown(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handling, "STOP_S", 0.2)
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if tx is not None:
+            tx.send("out", message.value)
+        if number(message) == 3:
+            link.stall()
+            sub.stop()
+
+    async with world(10) as (b, _), Link("127.0.0.1", b.port) as link, idemq.connect(link.url) as mine:
+        async with mine.subscribe("in", group="g") as sub:
+            with pytest.raises(idemq.OutcomeUnknown):
+                await (sub.process if kind == "process" else sub.run)(handler)
+            await link.heal()
+        await eventually(lambda: not b.failures)
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_handler_that_takes_too_long_has_failed(kind: str) -> None:
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if number(message) == 1:
+            await asyncio.sleep(60)
+
+    async with world(3) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=QUICK) as sub:
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=IDLE_S, handler_timeout=0.05)
+        (letter,) = await read(mq, "dlq")
+        said = facts(DEAD_LETTER, letter.headers)
+        assert (number(letter), said["error"]) == (1, "idemq.client.errors.HandlerTimeout")
+        assert await positions(mq) == {("in", 0): 3}
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_thread_that_cannot_be_stopped_makes_its_member_leave(kind: str) -> None:
+    release = threading.Event()
+    late: list[str] = []
+
+    def handler(message: Message, tx: Transaction | None = None) -> None:
+        if tx is not None:
+            tx.send("out", message.value)
+        if number(message) == 2:
+            release.wait(30)
+            try:
+                if tx is not None:
+                    tx.send("out", b"99")
+            except idemq.ClientClosed:
+                late.append("refused")
+
+    async with world(4) as (_, mq):
+        sub = mq.subscribe("in", group="g", retry=QUICK)
+        with pytest.raises(idemq.HandlerTimeout, match="message 2 of partition 0"):
+            await (sub.process if kind == "process" else sub.run)(handler, handler_timeout=0.1)
+        assert await positions(mq) == {("in", 0): 2}
+        assert await attempts(mq) == 1
+        assert (await mq.describe_group("g")).members == []
+        with pytest.raises(idemq.ClientClosed):
+            await sub.process(handler)
+        release.set()
+        if kind == "process":
+            await eventually(lambda: late == ["refused"])
+            assert await values(mq) == [0, 1]
+
+
+@run
+async def test_a_plain_function_that_returns_a_coroutine_is_refused() -> None:
+    async with world(2) as (_, mq), mq.subscribe("in", group="g") as sub:
+        with pytest.raises(idemq.InvalidRequest, match="async def"):
+            await sub.process(lambda message, tx: copy(message, tx))
+        with pytest.raises(idemq.InvalidRequest, match="async def"):
+            await sub.run(lambda message: asyncio.sleep(0))
+        assert await positions(mq) == {("in", 0): 0}
+
+
+@run
+async def test_a_handler_that_is_cancelled_from_within_has_failed() -> None:
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        raise asyncio.CancelledError
+
+    async with world(1) as (_, mq), mq.subscribe("in", group="g") as sub:
+        for kind in (sub.process, sub.run):
+            with pytest.raises(RuntimeError, match="cancelled from within"):
+                await kind(handler)
+
+
+@run
+async def test_a_loop_that_is_held_up_is_worth_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handling, "BLOCKED_S", 0.05)
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        time.sleep(0.15)  # noqa: ASYNC251 - what must not be done
+
+    async with world(1) as (_, mq), mq.subscribe("in", group="g") as sub:
+        with caplog.at_level(logging.WARNING, logger="idemq"):
+            await sub.process(handler, until_idle=IDLE_S)
+    assert "stood still" in caplog.text
+    assert "handler" in caplog.text
+
+
+@run
+async def test_what_cannot_be_asked_for() -> None:
+    async with world(1) as (_, mq):
+        with pytest.raises(idemq.InvalidRequest, match="group"):
+            mq.subscribe("in", retry=QUICK)
+        with pytest.raises(idemq.InvalidRequest, match="RetryPolicy"):
+            mq.subscribe("in", group="g", retry=5)  # type: ignore[arg-type]
+        async with mq.subscribe("in") as sub:
+            for kind in (sub.process, sub.run):
+                with pytest.raises(idemq.InvalidRequest, match="group"):
+                    await kind(copy)
+        async with mq.subscribe("in", group="g") as sub:
+            wrong: list[tuple[Any, dict[str, Any]]] = [
+                (sub.process, {"max_messages": 0}),
+                (sub.process, {"until_idle": 0}),
+                (sub.process, {"handler_timeout": 0}),
+                (sub.run, {"concurrency": 0}),
+                (sub.run, {"concurrency": 501}),
+                (sub.run, {"until_idle": -1}),
+            ]
+            for kind, arguments in wrong:
+                with pytest.raises(idemq.InvalidRequest):
+                    await kind(copy, **arguments)
+            with pytest.raises(idemq.InvalidRequest, match="function"):
+                await sub.run("handler")  # type: ignore[arg-type]
+
+            async def nested(message: Message, tx: Transaction) -> None:
+                with pytest.raises(idemq.InvalidRequest, match="under way"):
+                    await sub.run(copy)
+                with pytest.raises(idemq.InvalidRequest, match="dead-letter topic"):
+                    await sub.reject(message)
+
+            await sub.process(nested, until_idle=IDLE_S)
+        for policy in (RetryPolicy(dead_letter="gone"), RetryPolicy(parking="gone")):
+            async with mq.subscribe("in", group="g", retry=policy) as sub:
+                with pytest.raises(idemq.UnknownTopic, match="'gone'"):
+                    await sub.process(copy)
+        async with mq.subscribe("in", "dlq", group="g", retry=QUICK) as sub:
+            with pytest.raises(idemq.InvalidRequest, match="come back"):
+                await sub.process(copy)
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+
+@run
+async def test_run_keeps_the_order_of_each_key_and_commits_what_is_finished() -> None:
+    order: dict[bytes | None, list[int]] = {}
+    at_once: Counter[bytes | None] = Counter()
+    most = 0
+
+    async def handler(message: Message) -> None:
+        nonlocal most
+        at_once[message.key] += 1
+        assert at_once[message.key] == 1, "two of one key at once"
+        most = max(most, at_once.total())
+        await asyncio.sleep(0.001)
+        order.setdefault(message.key, []).append(number(message))
+        at_once[message.key] -= 1
+
+    async with world(300) as (_, mq):
+        async with mq.subscribe("in", group="g") as sub:
+            await sub.run(handler, concurrency=4, until_idle=IDLE_S)
+        assert most == 4
+        assert sorted(n for numbers in order.values() for n in numbers) == list(range(300))
+        assert all(numbers == sorted(numbers) for numbers in order.values())
+        assert await positions(mq) == {("in", 0): 300}
+
+
+@run
+async def test_a_position_waits_for_the_slowest_and_no_more_than_500_are_in_hand() -> None:
+    release, handled = asyncio.Event(), 0
+
+    async def handler(message: Message) -> None:
+        nonlocal handled
+        if number(message) == 20:
+            await release.wait()
+        handled += 1
+
+    async with world() as (_, mq), mq.subscribe("in", group="g") as sub:
+        await publish(mq, 2000, keys=0)
+        working = asyncio.create_task(sub.run(handler, concurrency=500, until_idle=IDLE_S))
+        await eventually(lambda: handled == 519)
+        await reached(mq, 20)
+        await asyncio.sleep(0.05)
+        assert handled == 519
+        release.set()
+        await working
+        await reached(mq, 2000)
+        assert handled == 2000
+
+
+@run
+async def test_an_error_of_run_is_raised_when_the_others_are_finished_and_committed() -> None:
+    finished: list[int] = []
+
+    async def handler(message: Message) -> None:
+        if number(message) == 4:
+            raise Poison
+        await asyncio.sleep(0.02)
+        finished.append(number(message))
+
+    async with world(100) as (_, mq), mq.subscribe("in", group="g") as sub:
+        with pytest.raises(Poison):
+            await sub.run(handler, concurrency=5)
+        assert sorted(finished) == [0, 1, 2, 3]
+        assert await positions(mq) == {("in", 0): 4}
+        assert await attempts(mq) == 1
+
+
+@run
+async def test_what_is_retried_keeps_its_key_waiting_and_no_other() -> None:
+    order: list[int] = []
+
+    async def handler(message: Message) -> None:
+        if number(message) == 0 and not order.count(-1) > 1:
+            order.append(-1)
+            raise Poison
+        order.append(number(message))
+
+    async with world(20) as (_, mq):
+        policy = RetryPolicy(backoff=0.1, max_backoff=0.1)
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            await sub.run(handler, concurrency=5, until_idle=0.05)
+        mine = [n for n in order if n % 5 == 0]
+        assert mine == [0, 5, 10, 15]
+        assert order.index(19) < order.index(0)
+        assert await positions(mq) == {("in", 0): 20}
+
+
+@run
+async def test_the_second_failed_attempt_of_a_message_behind_others_is_known_when_it_is_the_first() -> None:
+    """Attempts of what is not the head are counted here; they are stored as soon as it is."""
+    release = asyncio.Event()
+    failures = 0
+
+    async def handler(message: Message) -> None:
+        nonlocal failures
+        if number(message) == 0:
+            await release.wait()
+        if number(message) == 1:
+            failures += 1
+            raise Poison
+
+    policy = RetryPolicy(max_attempts=3, backoff=0.001, max_backoff=0.002)
+    async with world(2) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        working = asyncio.create_task(sub.run(handler, concurrency=2))
+        await eventually(lambda: failures == 3)
+        assert await attempts(mq) == 0
+        release.set()
+        with pytest.raises(Poison):
+            await working
+        assert await positions(mq) == {("in", 0): 1}
+        assert await attempts(mq) == 3
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_partition_that_is_revoked_is_finished_committed_and_given_back(kind: str) -> None:
+    handled: Counter[int] = Counter()
+
+    async def slow(message: Message, tx: Transaction | None = None) -> None:
+        handled[number(message)] += 1
+        if tx is not None:
+            tx.send("out", message.value)
+        await asyncio.sleep(0.01)
+
+    async with world(200, partitions=4) as (b, mq):
+
+        async def work(until_idle: float) -> None:
+            async with idemq.connect(b.url) as mine, mine.subscribe("in", group="g") as sub:
+                subs.append(sub)
+                options: dict[str, Any] = {} if kind == "process" else {"concurrency": 3}
+                await (sub.process if kind == "process" else sub.run)(slow, until_idle=until_idle, **options)
+
+        subs: list[idemq.Subscription] = []
+        first = asyncio.create_task(work(1.0))
+        await eventually(lambda: handled.total() >= 10)
+        second = asyncio.create_task(work(1.0))
+        await eventually(lambda: len(subs) == 2 and len(subs[0].assigned) == len(subs[1].assigned) == 2)
+        await asyncio.gather(first, second)
+        assert handled == dict.fromkeys(range(200), 1), "nothing was handled twice for the sake of a join"
+        assert sum((await positions(mq)).values()) == 200
+        if kind == "process":
+            assert sorted(await values(mq)) == list(range(200))
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_partition_in_a_long_pause_is_given_back_at_once(kind: str) -> None:
+    tried: list[tuple[int, int]] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        tried.append((number(message), message.attempt))
+        if message.attempt < 2:
+            raise Poison
+
+    policy = RetryPolicy(backoff=30, max_backoff=30)
+    async with (
+        world(2, partitions=2, release_ms_max=30_000) as (b, mq),
+        idemq.connect(b.url) as one,
+        one.subscribe("in", group="g", retry=policy) as sub,
+    ):
+        working = asyncio.create_task((sub.process if kind == "process" else sub.run)(handler))
+        await eventually(lambda: len(tried) == 2)
+        async with mq.subscribe("in", group="g", retry=policy) as other:
+            await (other.process if kind == "process" else other.run)(handler, until_idle=0.5)
+        assert len(tried) == 3
+        assert tried[2][1] == 2
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+@run
+async def test_after_an_end_everything_that_is_not_committed_is_handed_out_again() -> None:
+    async def handler(message: Message) -> None:
+        if number(message) >= 3:
+            await asyncio.sleep(60)
+
+    async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
+        working = asyncio.create_task(sub.run(handler, concurrency=4))
+        await reached(mq, 3)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        assert [number(one) async for one in take(sub, 7)] == list(range(3, 10))
+
+
+# ------------------------------------------------------------------------------------------------ outages, parking
+
+
+@pytest.mark.parametrize("kind", ["process", "run", "run 8"])
+@run
+async def test_an_outage_is_waited_out_and_makes_no_flood_of_dead_letters(kind: str) -> None:
+    down, calls = True, 0
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        nonlocal calls, down
+        calls += 1
+        if calls == 40:
+            down = False
+        if down:
+            raise ConnectionError("the database is away")
+        if tx is not None:
+            tx.send("out", message.value)
+
+    policy = RetryPolicy(max_attempts=2, backoff=0.001, max_backoff=0.01, dead_letter="dlq", circuit_after=3)
+    async with world(60) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            if kind == "process":
+                await sub.process(handler, until_idle=IDLE_S)
+            else:
+                await sub.run(handler, concurrency=8 if "8" in kind else 1, until_idle=IDLE_S)
+        letters = await values(mq, "dlq")
+        assert letters == ([] if "8" in kind else [0, 1]), "fewer than the outage takes to be seen as one"
+        assert await positions(mq) == {("in", 0): 60}
+        if kind == "process":
+            assert await values(mq) == list(range(2, 60))
+        assert not down
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_an_outage_that_does_not_end_is_raised_with_nothing_lost(kind: str) -> None:
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if number(message) >= 5:
+            raise ConnectionError("the database is away")
+
+    policy = RetryPolicy(
+        max_attempts=2, backoff=0.001, max_backoff=0.01, dead_letter="dlq", circuit_after=3, circuit_s_max=0.1
+    )
+    async with world(20) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        with pytest.raises(idemq.CircuitOpen, match="the database is away"):
+            await (sub.process if kind == "process" else sub.run)(handler)
+        assert await values(mq, "dlq") == [5, 6]
+        assert await positions(mq) == {("in", 0): 7}
+        assert await attempts(mq) <= 1
+
+
+PARKING = RetryPolicy(max_attempts=3, backoff=0.05, max_backoff=0.1, dead_letter="dlq", parking="parking")
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_parked_message_gives_up_its_place_and_comes_back_as_what_it_was(kind: str) -> None:
+    seen: dict[int, list[Any]] = {}
+    order: list[int] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        order.append(number(message))
+        facts_ = (message.topic, message.offset, message.uid, message.key, message.headers, message.timestamp)
+        seen.setdefault(number(message), []).append((message.attempt, facts_))
+        if number(message) == 2 and message.attempt < 3:
+            raise Poison
+        if number(message) == 4:
+            raise Poison
+        if tx is not None:
+            tx.send("out", message.value)
+
+    async with world(8) as (_, mq):
+        async with mq.subscribe("in", "parking", group="g", retry=PARKING) as sub:
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=0.05)
+        assert order[:8] == list(range(8)), "the others did not wait"
+        for poison in (2, 4):
+            assert [one for one, _ in seen[poison]] == [1, 2, 3]
+            assert len({repr(what) for _, what in seen[poison]}) == 1, "the same message each time"
+        assert await values(mq, "dlq") == [4]
+        (letter,) = await read(mq, "dlq")
+        said = facts(DEAD_LETTER, letter.headers)
+        assert (said["topic"], said["offset"], said["attempts"]) == ("in", "4", "3")
+        assert dead_letters.original_headers(DEAD_LETTER, letter.headers) == {}
+        assert await positions(mq) == {("in", 0): 8, ("parking", 0): 4}
+        if kind == "process":
+            assert await values(mq) == [0, 1, 3, 5, 6, 7, 2]
+
+
+@run
+async def test_a_parked_message_waits_for_whoever_reads_and_belongs_to_its_group() -> None:
+    slow = RetryPolicy(backoff=0.4, max_backoff=0.4, parking="parking")
+    async with world(3) as (_, mq):
+        for group in ("g", "h"):
+            async with mq.subscribe("in", group=group, retry=slow) as sub:  # parks, and reads nothing parked
+                await sub.process(failing(1), until_idle=IDLE_S)
+        assert await values(mq) == [0, 2, 0, 2]
+        parked = await read(mq, "parking")
+        assert list(map(number, parked)) == [1, 1]
+        times: list[float] = []
+
+        async def handler(message: Message, tx: Transaction) -> None:
+            times.append(time.time())
+            await copy(message, tx)
+
+        async with mq.subscribe("parking", group="h", retry=slow) as sub:
+            await sub.process(handler, until_idle=0.05)
+        assert await values(mq) == [0, 2, 0, 2, 1], "its own, not that of the other group"
+        assert times[0] >= parked[1].timestamp / 1000 + 0.2, "not before its time"
+        assert (await positions(mq, "h"))["parking", 0] == 2
+
+
+# ------------------------------------------------------------------------------------------------- dead letters
+
+
+@run
+async def test_reject_makes_a_dead_letter_of_the_first_that_is_not_committed() -> None:
+    async with world(4) as (_, mq), mq.subscribe("in", group="g", retry=QUICK) as sub:
+        messages = [one async for one in take(sub, 3)]
+        with pytest.raises(idemq.InvalidRequest, match="commit what is before it"):
+            await sub.reject(messages[1], reason="no")
+        await sub.commit(messages[0])
+        await sub.reject(messages[1], reason="no such customer")
+        (letter,) = await read(mq, "dlq")
+        assert number(letter) == 1
+        assert facts(DEAD_LETTER, letter.headers)["reason"] == "no such customer"
+        assert await positions(mq) == {("in", 0): 2}
+        with pytest.raises(idemq.InvalidRequest):
+            await sub.reject(messages[1])
+        await sub.commit(messages[2])
+        assert [number(one) async for one in take(sub, 1)] == [3]
+
+        async def handler(message: Message, tx: Transaction) -> None:
+            with pytest.raises(idemq.InvalidRequest, match="no_retry"):
+                await sub.reject(message)
+
+        await mq.send("in", b"4")
+        await sub.process(handler, until_idle=IDLE_S)
+    async with world(1) as (_, mq), mq.subscribe("in", group="g") as sub:
+        with pytest.raises(idemq.InvalidRequest, match="dead-letter topic"):
+            await sub.reject(await anext(aiter(sub)))
+
+
+async def dead_letters_of(mq: idemq.Client, count: int) -> DeadLetters:
+    """So many messages of `in`, as dead letters."""
+    await publish(mq, count)
+    async with mq.subscribe(
+        "in", group="g", retry=RetryPolicy(max_attempts=1, dead_letter="dlq", no_retry=(Poison,))
+    ) as sub:
+        await sub.process(failing(*range(count)), until_idle=IDLE_S)
+    return DeadLetters(mq, "dlq")
+
+
+async def left(letters: DeadLetters) -> list[int]:
+    return [number(one) async for one in letters.left()]
+
+
+@run
+async def test_a_dead_letter_goes_back_once_and_the_others_stay() -> None:
+    async with world() as (_, mq):
+        letters = await dead_letters_of(mq, 6)
+        assert await left(letters) == [0, 1, 2, 3, 4, 5]
+        assert await letters.requeue([Place(0, 4), Place(0, 2)]) == 2
+        assert await left(letters) == [0, 1, 3, 5]
+        back = (await read(mq, "in"))[6:]
+        assert list(map(number, back)) == [2, 4]
+        assert [(one.key, one.headers) for one in back] == [(b"key-2", {}), (b"key-4", {})]
+        for gone in (Place(0, 4), Place(0, 6), Place(1, 0), Place(-1, 0)):
+            with pytest.raises(idemq.InvalidRequest, match="no dead letter"):
+                await letters.requeue([Place(0, 0), gone])
+        assert await letters.drop([Place(0, 0)]) == 1
+        assert await left(letters) == [1, 3, 5]
+        assert await letters.requeue() == 3
+        assert await left(letters) == []
+        assert await letters.requeue() == 0
+        assert [number(one) for one in await read(mq, "in")][6:] == [2, 4, 1, 3, 5]
+
+
+@run
+async def test_what_is_no_dead_letter_is_not_requeued_and_takes_nothing_with_it() -> None:
+    async with world() as (_, mq):
+        letters = await dead_letters_of(mq, 2)
+        await mq.send("dlq", b"7")
+        with pytest.raises(idemq.InvalidRequest, match="where it came from"):
+            await letters.requeue()
+        assert await left(letters) == [0, 1, 7]
+        assert len(await read(mq, "in")) == 2
+        assert await letters.drop([Place(0, 2)]) == 1
+        assert await letters.requeue() == 2
+
+
+@run
+async def test_two_operators_at_once_send_nothing_back_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead_letters, "TRANSACTION_MESSAGES_MAX", 7)
+    async with world() as (b, mq):
+        letters = await dead_letters_of(mq, 100)
+        for seed in range(10):
+            async with idemq.connect(b.url) as one, idemq.connect(b.url) as other:
+
+                async def after(turns: int, client: idemq.Client) -> None:
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    await DeadLetters(client, "dlq").requeue()
+
+                await asyncio.gather(after(0, one), after(seed * 7, other), return_exceptions=True)
+        await letters.requeue()
+        assert await left(letters) == []
+        assert Counter(map(number, await read(mq, "in"))) == dict.fromkeys(range(100), 2)
+
+
+@run
+async def test_a_topic_under_the_same_name_begins_with_nothing_gone() -> None:
+    async with world() as (b, mq):
+        letters = await dead_letters_of(mq, 3)
+        assert await letters.drop() == 3
+        await mq.delete_topic("dlq")
+        await mq.create_topic("dlq", partitions=2)
+        async with idemq.connect(b.url) as other:
+            await other.send("dlq", b"8", partition=1)
+        assert await left(letters) == [8]
+        assert await letters.drop() == 1
+        assert await left(letters) == []
+
+
+@run
+async def test_dead_letters_that_retention_removed_are_gone() -> None:
+    async with world() as (_, mq):
+        letters = await dead_letters_of(mq, 3)
+        assert await letters.drop([Place(0, 1)]) == 1
+        await mq.purge_topic("dlq")
+        assert await left(letters) == []
+        await mq.send("dlq", b"9")
+        assert await left(letters) == [9]
+        with pytest.raises(idemq.InvalidRequest, match="no dead letter"):
+            await letters.drop([Place(0, 0)])
