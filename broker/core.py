@@ -1055,7 +1055,12 @@ class Core:
     def _delete_offsets(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteOffsets, payload: bytes
     ) -> wire.Done | Failed:
-        if request.group in self._groups:
+        group = self._groups.get(request.group) or ConsumerGroup()
+        if self._topic(request.topic_id) is not None:  # a holder that has not come back to this broker yet is a member
+            rows = self._group_rows(request.group, group, [request.topic_id])
+            self._take_holders(now, group, [request.topic_id], rows)
+        if group.members:
+            self._groups[request.group] = group
             return Failed(Code.BAD_REQUEST, f"group {request.group!r} has members: stop them first")
         row = self._topics.get(request.topic_id)
         for index in range(len(row.floors) if row is not None else 0):

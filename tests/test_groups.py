@@ -1067,6 +1067,25 @@ def test_positions_are_deleted_when_the_group_has_no_members() -> None:
     assert min(lease.lease for lease in granted) > max(lease.lease for lease in worker.leases.values())
 
 
+def test_after_a_restart_positions_of_a_holder_are_not_deleted_before_it_is_gone() -> None:
+    cluster = Cluster()
+    topic_id = cluster.make_topic(messages=5)
+    worker = Worker(cluster, "a", topic_id)
+    worker.beat()
+    worker.commit(topic_id, 3)
+    cluster.restart()
+    delete = wire.DeleteOffsets("g", topic_id)
+    assert cluster.admin_asks(delete).code == Code.BAD_REQUEST
+    worker.reconnect()
+    assert worker.beat() == Changes([], [], [])
+    assert worker.commit(topic_id, 4, 3) == STORED
+    cluster.restart()
+    assert cluster.admin_asks(delete).code == Code.BAD_REQUEST
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.admin_asks(delete) == wire.Done()
+    assert cluster.store.offset_count() == 0
+
+
 def test_positions_have_a_quota() -> None:
     cluster = Cluster(offsets_max=4)
     topic_id = cluster.make_topic(3)
