@@ -96,7 +96,6 @@ class Reader:
             one = self.readings.pop(key, None)
             if one is not None:
                 self._drop(one)
-        self._fetch_again()
 
     def replace(self, one: Reading) -> None:
         """Read a partition by this, and no more by what read it before."""
@@ -119,9 +118,11 @@ class Reader:
         if one.paused == paused:
             return
         one.paused = paused
-        if paused and one in self.ready:
-            self.ready.remove(one)
-        elif not paused and one.pieces:
+        if paused:
+            if one in self.ready:
+                self.ready.remove(one)
+            return
+        if one.pieces:
             self.ready.append(one)
             self._changed.set()
         self._fetch_again()
@@ -237,7 +238,10 @@ class Reader:
             self.ready.remove(one)
 
     def _fetch_again(self) -> None:
-        """Start fetching from the positions as they are now; a fetch that waits for older ones is dropped."""
+        """Start fetching from the positions as they are now; a fetch that waits for older ones is dropped.
+
+        Not where only less is to be read: what the others wait for is under way, and the broker keeps a dropped fetch.
+        """
         if self._fetching is not None:
             self._fetching.cancel()
             self._fetching = None
@@ -253,23 +257,26 @@ class Reader:
                 # Those with the least in the buffer first, and in turn: neither a full one nor the limits of a fetch
                 # (its partitions, its bytes) starve the others.
                 wanted = [one for one in self.readings.values() if not one.paused]
+                if not wanted:
+                    return
                 ranked = sorted(wanted, key=lambda one: (one.bytes, one.turn))[:APPENDS_MAX]
                 ranges = [(*one.key, one.position) for one in ranked]
                 bytes_max = min(FETCH_BYTES_MAX, FETCH_BYTES, max(1, self._prefetch_bytes - self._buffered_bytes))
                 wait = FETCH_WAIT_S if len(ranked) == len(wanted) else FETCH_TURN_WAIT_S
                 parts = await self._engine.fetch(ranges, bytes_max, wait)
-                for part in parts:
-                    self._arrive(part)
+                found = [(self.readings.get(TopicPartition(part.topic_id, part.partition)), part) for part in parts]
+                arrived = [(one, part) for one, part in found if one is not None and not one.paused]
+                for one, part in arrived:
+                    self._arrive(one, part)
                 # Whoever got something goes behind the others; with nothing for anybody all that were asked for go.
-                for one in [self.readings[TopicPartition(part.topic_id, part.partition)] for part in parts] or ranked:
+                for one in [one for one, _ in arrived] or ranked:
                     self._turn += 1
                     one.turn = self._turn
         except IdemqError as error:
             self._error = error
             self._changed.set()
 
-    def _arrive(self, part: FetchedPart) -> None:
-        one = self.readings[TopicPartition(part.topic_id, part.partition)]
+    def _arrive(self, one: Reading, part: FetchedPart) -> None:
         if part.code:
             if not (part.code == Code.OFFSET_TRUNCATED and self._on_truncated == "earliest"):
                 raise _refusal(one, part)

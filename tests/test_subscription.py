@@ -575,6 +575,44 @@ async def test_a_paused_partition_hands_out_nothing_and_stays() -> None:
 
 
 @run
+async def test_a_pause_holds_up_no_other_partition() -> None:
+    # A broker keeps a fetch that was dropped, and only so many of a connection's.
+    async with world(partitions=4, fetches_max=1) as (_, mq), mq.subscribe("t") as sub:
+        messages = aiter(sub)
+        for index in range(3):
+            await mq.send("t", b"0", partition=index)
+            assert (await anext(messages)).partition == index
+            await mq.ping()  # the next fetch waits at the broker
+            started = sub._reader._fetching
+            await sub.pause("t", index)
+            assert sub._reader._fetching is started
+            await mq.send("t", b"not for now", partition=index)  # ends the fetch, for nothing
+        await mq.send("t", b"1", partition=3)
+        assert (await anext(messages)).partition == 3
+        await sub.pause("t", 3)
+        await mq.send("t", b"not for now", partition=3)
+        assert started is not None
+        await eventually(started.done)  # nothing is to be read
+        for index in range(4):
+            await sub.resume("t", index)
+        assert {message.partition for message in await take(sub, 4)} == {0, 1, 2, 3}
+
+
+@run
+async def test_a_partition_that_was_given_back_holds_up_no_other() -> None:
+    async with (
+        world(partitions=2) as (_, mq),
+        mq.subscribe("t", group="g") as first,
+        mq.subscribe("t", group="g") as second,
+    ):
+        await eventually(lambda: (len(first.assigned), len(second.assigned)) == (1, 1))
+        await mq.send("t", b"1", partition=second.assigned[0][1])  # ends a fetch of the first one's, for nothing
+        assert values(await take(second, 1)) == [1]
+        await mq.send("t", b"2", partition=first.assigned[0][1])
+        assert values(await take(first, 1)) == [2]
+
+
+@run
 async def test_groups_are_listed_described_and_deleted() -> None:
     async with world(partitions=2, messages=20) as (_, mq):
         assert await mq.groups() == []
