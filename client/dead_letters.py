@@ -250,14 +250,17 @@ class DeadLetters:
         self._topic = topic
         self._producer = f"idemq-dlq:{topic}"
 
-    async def left(self) -> AsyncIterator[Message]:
-        """The messages that were neither requeued nor dropped, in order for each partition. Raises UnknownTopic."""
+    async def left(self, places: Sequence[Place] | None = None) -> AsyncIterator[Message]:
+        """The messages (of these places, if given) that were neither requeued nor dropped, in order for each partition.
+
+        Raises UnknownTopic.
+        """
         info = await self._client.describe_topic(self._topic)
         try:
             token = (await self._client.describe_producer(self._producer)).token
         except UnknownProducer:
             token = None
-        async for message in self._read(Gone(info.id, token), None):
+        async for message in self._read(Gone(info.id, token), places):
             yield message
 
     async def requeue(self, places: Sequence[Place] | None = None) -> int:

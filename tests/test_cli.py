@@ -167,14 +167,13 @@ def test_without_arguments_help_is_printed_and_nothing_was_done(capsys: pytest.C
 def test_help_names_every_command_and_none_that_a_later_version_brings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     words = set(capsys.readouterr().out.split())
-    wanted = "serve ping healthcheck topic pub sub group producer verify demo bench"
+    wanted = "serve ping healthcheck topic pub sub group producer dlq verify demo bench"
     assert set(wanted.split()) <= words
     for later in LATER:
         assert later not in {name.split()[0] for name in COMMANDS}
 
 
 LATER = [
-    "dlq",
     "token",
     "explain",
     "top",
@@ -611,6 +610,82 @@ def test_forgetting_a_producer_asks_and_says_what_it_costs(broker: Broker, topic
     assert broker.last_seq("forget-me") == -1
 
 
+# ---------------------------------------------------------------------------------------------------- dead letters
+
+
+@pytest.fixture
+def dead(broker: Broker, topic: str) -> str:
+    """A topic with the dead letters of `topic`: 0, 1, 2; their keys are k0, k1, k2."""
+    name = f"{topic}.dlq"
+    broker.lines("topic", "create", name)
+    for number in range(3):
+        broker.lines("pub", topic, "-k", f"k{number}", str(number))
+
+    async def fail(message: idemq.Message, tx: idemq.Transaction) -> None:
+        raise ValueError(f"no customer {message.value.decode()}\x1b[2J")
+
+    async def work() -> None:
+        policy = idemq.RetryPolicy(max_attempts=1, dead_letter=name)
+        async with idemq.connect(broker.url) as mq, mq.subscribe(topic, group="mail", retry=policy) as sub:
+            await sub.process(fail, until_idle=0.2)
+
+    asyncio.run(work())
+    return name
+
+
+def test_dead_letters_are_listed_shown_requeued_and_dropped(broker: Broker, topic: str, dead: str) -> None:
+    rows = broker.json("dlq", "ls", dead)
+    assert [(one["place"], one["topic"], one["partition"], one["offset"]) for one in rows] == [
+        (f"0:{number}", topic, 0, number) for number in range(3)
+    ]
+    assert rows[1].keys() >= {"time", "group", "attempts", "error", "reason"}
+    assert (rows[1]["group"], rows[1]["attempts"], rows[1]["error"]) == ("mail", 1, "ValueError")
+    line = broker.lines("dlq", "ls", dead)[1].split("\t")
+    assert (line[0], line[2:8]) == ("0:1", [topic, "0", "1", "mail", "1", "ValueError"])
+    assert line[8] == "no customer 1\\x1b[2J", "what comes from elsewhere steers no terminal"
+    code, shown = in_terminal(broker, "dlq", "ls", dead)
+    assert (code, "reason" in shown, "\x1b[2J" in shown) == (0, True, False)
+
+    one = broker.json("dlq", "show", dead, "0:2")
+    assert (one["key"], one["value"], one["headers"], one["place"]) == ("k2", "2", {}, "0:2")
+    assert one["traceback"].splitlines()[0].startswith("Traceback")
+    assert "traceback\tTraceback" in broker.lines("dlq", "show", dead, "0:2")[-1]
+    code, shown = in_terminal(broker, "dlq", "show", dead, "0:2")
+    assert (code, "\x1b[2J" in shown) == (0, False)
+    assert "ValueError: no customer 2" in shown.splitlines()[-1]
+
+    assert broker.json("dlq", "requeue", dead, "0:1") == {"requeued": 1}
+    done = broker.idemq("dlq", "requeue", dead, "0:1")
+    assert done.returncode == errors.USAGE
+    assert "no dead letter 0:1" in done.stderr
+    assert broker.idemq("dlq", "show", dead, "0:1").returncode == errors.FAILURE
+    back = broker.json("sub", topic, "--from", "3", "-n", "1")
+    assert (back["value"], back["key"], back["headers"]) == ("1", "k1", {})
+
+    done = broker.idemq("dlq", "drop", dead, "0:0")
+    assert done.returncode == errors.USAGE
+    assert "1 messages" in done.stderr
+    code, _ = in_terminal(broker, "dlq", "drop", dead, "0:0", typed=b"n\n")
+    assert (code, len(broker.json("dlq", "ls", dead))) == (errors.FAILURE, 2)
+    assert broker.json("dlq", "drop", dead, "0:0", "--yes") == {"dropped": 1}
+    assert broker.lines("dlq", "requeue", dead, "--all") == ["requeued\t1"]
+    assert broker.lines("dlq", "ls", dead) == []
+    assert len(broker.lines("sub", topic, "--exit-at-end")) == 5
+
+
+def test_what_dlq_refuses(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, "no dead letter")
+    for argv in (["requeue", topic], ["drop", topic, "--yes"], ["requeue", topic, "0:0", "--all"]):
+        done = broker.idemq("dlq", *argv)
+        assert done.returncode == errors.USAGE
+        assert "--all" in done.stderr
+    assert "'7' is no PARTITION:OFFSET" in broker.idemq("dlq", "show", topic, "7").stderr
+    done = broker.idemq("dlq", "requeue", topic, "0:0")
+    assert "does not say where it came from" in done.stderr
+    assert broker.json("dlq", "ls", topic)[0]["reason"] is None
+    assert broker.idemq("dlq", "ls", "nix").returncode == errors.FAILURE
+
+
 def test_a_topic_that_exists_is_answered_with_options_of_the_command(broker: Broker, topic: str) -> None:
     done = broker.idemq("topic", "create", topic)
     assert done.returncode == errors.FAILURE
@@ -865,7 +940,7 @@ def test_printed_and_then_sought_elsewhere_is_told_and_printed_again(broker: Bro
         assert process.stderr is not None
         said = process.stderr.read().decode()
     assert said.count("\n") == 1
-    assert "may be printed by another member, too" in said
+    assert "what was printed of it here may be printed again" in said
     assert b"\n40000\n" not in printed
 
 

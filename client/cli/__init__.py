@@ -11,7 +11,7 @@ from argparse import REMAINDER, SUPPRESS, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 
-from . import demo, group, probe, producer, pub, serve, sub, topic, verify
+from . import demo, dlq, group, probe, producer, pub, serve, sub, topic, verify
 from .arguments import COMMON, Command, Delegated, Parser, add_common, nearest
 from .errors import INTERRUPTED, OK, USAGE, explain
 from .output import plain
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command | Delegated] = {
         *sub.COMMANDS,
         *group.COMMANDS,
         *producer.COMMANDS,
+        *dlq.COMMANDS,
         *verify.COMMANDS,
         serve.BENCH,
     )
