@@ -118,7 +118,7 @@ async def _commit(sub: Subscription, batch: Batch, patient: bool) -> None:
         try:
             return await sub.commit(batch)
         except LeaseLost as lost:
-            return say(f"{lost.text}: messages of it that were printed here may be printed by another member, too.")
+            return say(f"{lost.text}: what was printed of it here may be printed again.")
         except (RetriableError, OutcomeUnknown):  # repeating it does no harm
             if not patient:
                 raise
