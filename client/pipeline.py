@@ -65,7 +65,9 @@ def is_waited(waiter: Waiter) -> bool:
         return is_waited(waiter.first) or is_waited(waiter.second)
     if type(waiter) is Prefixed:
         return is_waited(waiter.waiter)
-    return waiter is not None and type(waiter) is not Pending
+    if type(waiter) is Pending:
+        return bool(waiter.waiters)
+    return waiter is not None
 
 
 class _Progress:
