@@ -304,12 +304,12 @@ class Client:
         if partition is not None and not 0 <= partition < len(info.partitions):
             raise InvalidRequest(f"topic {topic!r} has partitions 0 .. {len(info.partitions) - 1}, not {partition!r}")
         engine = self._open_engine()
+        wanted = [ends.index for ends in info.partitions if partition in (None, ends.index)]
+        positions = [await place(engine, info, index, to, limit) for index in wanted]  # refused before any is set
         leases = {TopicPartition(one.topic_id, one.partition): one.lease for one in await engine.offsets(name, limit)}
-        for ends in info.partitions:
-            if partition in (None, ends.index):
-                position = await place(engine, info, ends.index, to, limit)
-                key = TopicPartition(info.id, ends.index)
-                await seek(engine, wire.Seek(name, *key, secrets.token_hex(12), leases.get(key, 0), position), limit)
+        for index, position in zip(wanted, positions, strict=True):
+            key = TopicPartition(info.id, index)
+            await seek(engine, wire.Seek(name, *key, secrets.token_hex(12), leases.get(key, 0), position), limit)
 
     async def delete_group(self, name: str, *, timeout: float | None = None) -> None:
         """Forget a group's positions. Raises UnknownGroup, and InvalidRequest while it has members."""
