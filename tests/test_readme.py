@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import idemq
 from idemq import testing
 
 ROOT = Path(__file__).parent.parent
@@ -58,19 +59,29 @@ def test_links_point_to_files_that_exist() -> None:
 
 
 @pytest.mark.process
-def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run_as_they_stand(tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
+
+    async def ran(example: str, url: str) -> bytes:
+        script = tmp_path / "example.py"
+        script.write_text(example.replace("idemq://localhost:7750", url))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "error", str(script), stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        return output
 
     async def run() -> None:
         async with testing.broker() as broker:
-            script = tmp_path / "example.py"
-            script.write_text(example.replace("idemq://localhost:7750", broker.url))
             for _ in range(2):  # the second time everything is there already
-                process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-W", "error", str(script), stdout=asyncio.subprocess.PIPE
-                )
-                output, _ = await process.communicate()
-                assert process.returncode == 0
-            assert b"stored=0" in output
+                outputs = [await ran(example, broker.url) for example in examples]
+            assert b"stored=0" in outputs[0]
+            async with idemq.connect(broker.url) as mq:
+                ends = {
+                    topic.name: sum(one.next - one.earliest for one in topic.partitions) for topic in await mq.topics()
+                }
+            assert ends["orders"] == ends["enriched"] == ends["lengths"] > 0
 
     asyncio.run(run())
