@@ -191,7 +191,7 @@ LARGE: dict[str, Bounds] = {
     "revoked twice": group("revocations", "revocations", "cuts", inputs=1),
     "revoked, two inputs": group("revocations", "cuts"),
     "old heartbeats, two workers": group("reports", "cuts", "expiries", inputs=1),
-    "a holder seeks, expiry and death": group("seeks", "cuts", "expiries", "deaths"),
+    "a holder seeks, expiry and death": group("seeks", "expiries", "deaths"),
     "a holder seeks, expiry and cut, beside": group("seeks", "cuts", "expiries", "reports", inputs=1),
     "an operator seeks, expiry and cut": group("operator_seeks", "cuts", "expiries", inputs=1),
     "an operator seeks, a group fails, cut": group("operator_seeks", "group_failures", "cuts", inputs=1, workers=1),
