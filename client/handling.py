@@ -14,8 +14,9 @@ import inspect
 import logging
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
@@ -38,7 +39,7 @@ from .transaction import Transaction
 from .wire import TopicPartition
 
 if TYPE_CHECKING:
-    from .consumer import Batch, Subscription
+    from .consumer import Subscription
 
 Handler = Callable[..., Any]
 """A function (called in a thread) or a coroutine function (called on the loop)."""
@@ -146,6 +147,7 @@ class Handling:
         self._handler_timeout = handler_timeout
         self._in_hand_max = in_hand_max
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._rng = random.Random(secrets.randbits(64))
         self._threads = Threads(self._loop)
         self._stopping = False
@@ -165,7 +167,8 @@ class Handling:
         self._occupied_at = 0.0
         """When something was left to be done, as far as was looked."""
         self._breath_at = 0.0
-        self._timers: list[asyncio.TimerHandle] = []
+        self._hurrying: asyncio.TimerHandle | None = None
+        self._watching: asyncio.TimerHandle | None = None
 
     # --------------------------------------------------------------------------------------------- the whole call
 
@@ -226,13 +229,16 @@ class Handling:
         raise AssertionError("each kind has its own")
 
     def stop(self) -> None:
-        """End soon: nothing more is begun, what runs may end, what is finished is committed."""
+        """End soon: nothing more is begun, what runs may end, what is finished is committed. Any thread may call."""
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(self.stop)
+            return
         if self._stopping:
             return
         self._stopping = True
         self._changed.set()
         self._sub._reader.stop()
-        self._timers.append(self._loop.call_later(HANDLERS_STOP_S, self._end_handlers))
+        self._hurrying = self._loop.call_later(HANDLERS_STOP_S, self._end_handlers)
         if self._ending is not None:
             self._ending.reschedule(self._loop.time() + STOP_S)
 
@@ -261,8 +267,9 @@ class Handling:
             group.promise(0)
         if self._stopping:
             self._sub._reader.stopping = False
-        for timer in self._timers:
-            timer.cancel()
+        for timer in (self._hurrying, self._watching):
+            if timer is not None:
+                timer.cancel()
         for key in list(self._held_back):
             self._hold_no_more(key)
         self._threads.end()
@@ -280,7 +287,7 @@ class Handling:
                 getattr(self._handler, "__qualname__", self._handler),
             )
         at = self._loop.time() + BLOCKED_S
-        self._timers[:1] = [self._loop.call_at(at, self._watch, at)]
+        self._watching = self._loop.call_at(at, self._watch, at)
 
     async def _breathe(self) -> None:
         if self._loop.time() >= self._breath_at:
@@ -402,12 +409,8 @@ class Handling:
 
     # ---------------------------------------------------------------------------------------------- transactions
 
-    def _transaction(self) -> Transaction:
-        """A message's own: what it sends is stored with the others', if its handler succeeds."""
-        return self._sub._producer().transaction(timeout=FOREVER_S)._begun()
-
     def _sent(self, send: Send) -> Transaction:
-        tx = self._transaction()
+        tx = self._sub._producer().transaction(timeout=FOREVER_S)._begun()
         tx._add(*send)
         return tx
 
@@ -431,13 +434,14 @@ class Handling:
             return message
         return found.message if found.group == self._group.group else None
 
-    def _admit(self, batch: Batch) -> list[Message]:
+    def _admit(self, batch: Sequence[Message]) -> list[Message]:
         """What may be handled now. A parking topic's partition waits for the time of its first message."""
         if self._policy is None or self._policy.parking is None:
             return list(batch)
         admitted: list[Message] = []
+        waiting: set[Leased] = set()
         for message in batch:
-            if leased_of(message).reading.key in self._held_back:
+            if leased_of(message) in waiting:
                 continue
             found = self._parked(message)
             if found is not None and found.group == self._group.group:
@@ -445,6 +449,7 @@ class Handling:
                 wait = min(found.delay_s, message.timestamp / 1000 + found.delay_s - _wall_ms() / 1000)
                 if wait > 0:
                     self._hold_back(message, wait)
+                    waiting.add(leased_of(message))
                     continue
             admitted.append(message)
         return admitted
@@ -452,8 +457,14 @@ class Handling:
     def _hold_back(self, message: Message, seconds: float) -> None:
         """Hand out this message and those behind it again, in a while."""
         reading, reader = leased_of(message).reading, self._sub._reader
+        earlier = self._held_back.pop(reading.key, None)
+        if earlier is not None:  # somebody resumed the partition meanwhile
+            earlier.cancel()
+        by_user = reading.paused
         reader.pause(reading, True)
         reader.seek(reading, message.offset)
+        if by_user:
+            return  # until he resumes it
         self._held_back[reading.key] = self._loop.call_later(seconds, self._hold_no_more, reading.key)
 
     def _hold_no_more(self, key: TopicPartition) -> None:

@@ -133,10 +133,12 @@ class _Process(Handling):
     async def _on_the_loop(self, messages: Sequence[Message]) -> tuple[list[Transaction], Exception | None]:
         done: list[Transaction] = []
         until = self._loop.time() + TRANSACTION_S
+        producer = self._sub._producer()
         for message in messages:
             if done and (self._stopping or self._loop.time() >= until or leased_of(message).state != "held"):
                 break
-            shown, tx = self._shown(message), self._transaction()
+            # A message's own transaction: what it sends is stored with the others', if its handler succeeds.
+            shown, tx = self._shown(message), producer.transaction(timeout=FOREVER_S)._begun()
             try:
                 if shown is not None:
                     await self._call(shown, tx)
@@ -155,7 +157,8 @@ class _Process(Handling):
         done: list[Transaction] = []
         begun = time.monotonic()
         until = begun + TRANSACTION_S
-        tx = self._transaction()
+        producer = self._sub._producer()
+        tx = producer.transaction(timeout=FOREVER_S)._begun()
 
         def work() -> Exception | None:
             nonlocal begun, tx
@@ -171,7 +174,7 @@ class _Process(Handling):
                     return error
                 tx._end()
                 done.append(tx)
-                tx = self._transaction()
+                tx = producer.transaction(timeout=FOREVER_S)._begun()
             return None
 
         call = self._threads.call(work)

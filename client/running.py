@@ -116,7 +116,7 @@ class _Run(Handling):
                 self._fail(fetched.exception())
             elif (batch := fetched.result()) is not None:
                 # What was taken back since comes again, with what is before it.
-                self._add([one for one in self._admit(batch) if leased_of(one).state == "held"])
+                self._add(self._admit([one for one in batch if leased_of(one).state == "held"]))
             elif self._idle():
                 self._ended = True
 

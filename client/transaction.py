@@ -61,9 +61,9 @@ class Transaction:
         self._bytes += check_record(record.value, record.key, record.headers) + RECORD_BYTES
         if self._bytes > TRANSACTION_BYTES_MAX:
             raise TransactionTooLarge(f"a transaction holds at most {TRANSACTION_BYTES_MAX} bytes")
-        # A copy: the caller may fill the same mapping again for the next message.
-        headers = None if record.headers is None else dict(record.headers)
-        self._sends.append((topic, record._replace(headers=headers)))
+        if record.headers is not None:  # a copy: the caller may fill the same mapping again for the next message
+            record = record._replace(headers=dict(record.headers))
+        self._sends.append((topic, record))
 
     def set_token(self, token: bytes) -> None:
         """Store a position of yours with the transaction; it comes back as `producer.token` when the name is opened."""

@@ -424,15 +424,11 @@ async def test_stop_finishes_what_was_begun_and_begins_nothing_more(kind: str) -
             sub.stop()
             await asyncio.sleep(0.05)
 
-    loop = asyncio.get_running_loop()
-
     def plain(message: Message) -> None:
         begun.append(number(message))
         if number(message) == 3:
-            asyncio.run_coroutine_threadsafe(stop(), loop).result()
-
-    async def stop() -> None:
-        sub.stop()
+            sub.stop()
+            time.sleep(0.05)
 
     async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
         if kind == "process":
@@ -492,7 +488,7 @@ def test_a_signal_stops_blocking_code() -> None:
     """The main thread waits in `idemq.sync`, whose loop runs in another."""
     handled: list[int] = []
     ready, url = threading.Event(), ""
-    ending: list[Callable[[], None]] = []
+    ending: list[Callable[[], object]] = []
 
     def serve() -> None:
         async def main() -> None:
@@ -523,8 +519,8 @@ def test_a_signal_stops_blocking_code() -> None:
     assert handled == [0, 1, 2, 3]
 
 
-def partial_threadsafe(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> Callable[[], None]:
-    return lambda: loop.call_soon_threadsafe(function) and None
+def partial_threadsafe(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> Callable[[], object]:
+    return lambda: loop.call_soon_threadsafe(function)
 
 
 @pytest.mark.parametrize("kind", ["process", "run"])
@@ -810,6 +806,53 @@ async def test_the_second_failed_attempt_of_a_message_behind_others_is_known_whe
             await working
         assert await positions(mq) == {("in", 0): 1}
         assert await attempts(mq) == 3
+
+
+@run
+async def test_who_resumes_a_partition_that_waits_gets_its_message_early_and_loses_none() -> None:
+    seen: list[tuple[int, int]] = []
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        seen.append((number(message), message.attempt))
+        tx.send("out", message.value)
+        if number(message) == 2 and message.attempt == 1:
+            asyncio.get_running_loop().call_later(0.05, lambda: tasks.append(asyncio.create_task(sub.resume("in", 0))))
+            raise Poison
+
+    tasks: list[asyncio.Task[None]] = []
+    for policy in (
+        RetryPolicy(backoff=60, max_backoff=60),
+        RetryPolicy(backoff=0.3, max_backoff=0.3, parking="parking"),
+    ):
+        seen.clear()
+        async with world(6) as (_, mq), mq.subscribe("in", "parking", group="g", retry=policy) as sub:
+            if policy.parking:
+                asyncio.get_running_loop().call_later(
+                    0.1,
+                    lambda: tasks.append(asyncio.create_task(sub.resume("parking", 0))),
+                )
+            await sub.process(handler, until_idle=0.2)
+            assert Counter(seen) == dict.fromkeys([*[(n, 1) for n in range(6)], (2, 2)], 1)
+            assert sorted(await values(mq)) == list(range(6))
+
+
+@run
+async def test_a_partition_that_its_handler_paused_stays_paused() -> None:
+    seen: list[tuple[int, int]] = []
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        seen.append((number(message), message.attempt))
+        if number(message) == 2 and message.attempt == 1:
+            await sub.pause("in", 0)
+            raise Poison
+
+    policy = RetryPolicy(backoff=0.001, max_backoff=0.001)
+    async with world(4) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        await sub.process(handler, until_idle=0.2)
+        assert seen == [(0, 1), (1, 1), (2, 1)]
+        await sub.resume("in", 0)
+        await sub.process(handler, until_idle=IDLE_S)
+        assert seen[3:] == [(2, 2), (3, 1)]
 
 
 @pytest.mark.parametrize("kind", ["process", "run"])
