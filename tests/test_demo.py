@@ -1,6 +1,9 @@
 """`idemq demo`, each way, and that it says so when nothing was shown."""
 
 import json
+import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -129,6 +132,22 @@ def test_a_worker_that_fails_is_no_success(capsys: pytest.CaptureFixture[str], m
     assert shown.out == ""
     assert "A worker ended with code 1" in shown.err
     assert "UNKNOWN_TOPIC" in shown.err
+
+
+def test_a_worker_does_not_outlive_its_demo() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # what says nothing is waited for
+        code = "from idemq.client.cli.worker import main; main()"
+        url = f"idemq://127.0.0.1:{silent.getsockname()[1]}"
+        with subprocess.Popen([sys.executable, "-c", code, url, "worker"], stdin=subprocess.PIPE) as process:
+            try:
+                peer, _ = silent.accept()
+                with peer:
+                    assert process.poll() is None
+                    assert process.stdin is not None
+                    process.stdin.close()
+                    assert process.wait(30) == 1
+            finally:
+                process.kill()
 
 
 @pytest.mark.parametrize(

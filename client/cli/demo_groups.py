@@ -332,7 +332,7 @@ class _Shift:
         code = "from idemq.client.cli.worker import main; main()"
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", code, link.url, name, *database, stdout=pipe, stderr=pipe
+            sys.executable, "-c", code, link.url, name, *database, stdin=pipe, stdout=pipe, stderr=pipe
         )
         worker = _Worker(name, process)
         self._workers.append(worker)

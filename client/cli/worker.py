@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
@@ -58,6 +59,8 @@ def output(value: bytes) -> bytes:
 
 
 async def _work(url: str, name: str, database: str | None) -> None:
+    # Its stdin ends with the demo, whatever ended that: nobody would ever end this one.
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 1)
     async with (
         connect(url, timeout=TIMEOUT_S, name=name) as mq,
         mq.subscribe(INPUTS, group=GROUP, prefetch_bytes=PREFETCH_BYTES) as sub,
