@@ -554,8 +554,10 @@ async def test_what_a_members_old_connection_still_held_changes_nothing() -> Non
         await one.sub.commit(await returned)
         await one.sub.commit(await next_batch(one.sub))
 
+        cuts = one.link.counts.cuts
         async with late():  # its word that it is there
-            await one.sub.seek("t", 1, 0)
-            await one.mq.ping()
-            await one.sub.close()
+            async with w.mq.subscribe("t", group="g"):
+                await eventually(lambda: one.link.counts.cuts > cuts)
+                await one.mq.ping()
+                await one.sub.close()
         assert await w.members() == {}
