@@ -244,7 +244,8 @@ class Engine(Protocol):
         """Move a group's positions forward, all or none. Raises LeaseLost."""
 
     async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
-        """Set a group's position in one partition, if its lease is still the expected one."""
+        """Set a group's position in one partition, if its lease is still the expected one. Raises ProducerFenced when
+        it is not, and OutcomeUnknown when it is not and an earlier copy of the request may have been applied."""
 
     async def offsets(self, group: str | None, timeout: float) -> list[wire.OffsetEntry]:
         """The stored positions of a group, or of all."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import wire
 from .engine import Engine, EngineMember, TopicInfo
-from .errors import IdemqError, InvalidRequest, LeaseLost, OffsetConflict
+from .errors import IdemqError, InvalidRequest, LeaseLost, OffsetConflict, ProducerFenced
 from .membership import Changes
 from .reader import Piece, Reader, Reading
 from .records import Delivery, Message
@@ -386,15 +386,24 @@ class GroupConsumer:
         key = leased.reading.key
         assert self._member is not None
         request = wire.Seek(self.group, *key, secrets.token_hex(12), leased.lease, to, self._member.name)
-        sought = await self._engine.seek(request, self._timeout)
+        try:
+            sought = await self._engine.seek(request, self._timeout)
+        except ProducerFenced:
+            raise _lost(leased) from None
         held = self.held.get(key)
         if held is not None and held.lease == sought.lease:
             return  # the answer to a heartbeat came first: it is held from there already
         if held is None or held.lease != leased.lease:
-            raise LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost")
+            raise _lost(leased)
         self._member.sought(key, sought.lease)
         held.state = "gone"  # messages and transactions of the old lease move nothing any more
         self._replace(held.again(wire.Lease(*key, sought.lease, sought.next, 0, 0, None)))
+
+
+def _lost(leased: Leased) -> LeaseLost:
+    key = leased.reading.key
+    where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+    return LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost", details=where)
 
 
 def _names(error: IdemqError, key: TopicPartition) -> bool:

@@ -32,6 +32,7 @@ from .errors import (
     InvalidRequest,
     LeaseLost,
     OutcomeUnknown,
+    ProducerFenced,
     RetriableError,
     TransactionAborted,
     UnknownProducer,
@@ -179,7 +180,15 @@ class NativeEngine(Engine):
                     raise
 
     async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
-        reply: wire.Sought = await self._connection.ask(_checked(request), timeout)
+        connections = self._session.reconnects
+        try:
+            reply: wire.Sought = await self._connection.ask(_checked(request), timeout)
+        except ProducerFenced as race:  # OPEN_RACE
+            if self._session.reconnects != connections:
+                # An earlier copy may have been applied, and what came after it has hidden that.
+                text = f"group {request.group!r} has moved on since, and whether it was set there before nobody knows"
+                raise OutcomeUnknown(text) from race
+            raise
         return reply
 
     async def offsets(self, group: str | None, timeout: float) -> list[wire.OffsetEntry]:

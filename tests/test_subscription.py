@@ -12,6 +12,7 @@ import pytest
 
 import idemq
 from idemq import Record
+from idemq.client import wire
 
 from .support import Broker, broker, eventually, read, run
 
@@ -673,3 +674,45 @@ async def test_a_broker_that_ends_does_not_mind_a_peer_that_is_gone_already(monk
         await b.stop()
         await b.start()
         assert await mq.ping()
+
+
+@pytest.mark.parametrize("reconnected", [False, True])
+@run
+async def test_a_seek_that_was_sent_twice_and_found_another_lease_is_unknown_and_not_sent_anew(
+    monkeypatch: pytest.MonkeyPatch, reconnected: bool
+) -> None:
+    """Its first copy may have been applied, and the group gone on from there: another would take it back again."""
+    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g") as sub:
+        await sub.commit(await take(sub, 10))
+        engine: Any = mq._engine
+        ask, asked = engine._connection.ask, 0
+
+        async def reconnecting(request: Any, timeout: float) -> Any:
+            nonlocal asked
+            if isinstance(request, wire.Seek):
+                asked += 1
+                if asked == 1:  # another's Seek comes in between
+                    await ask(request._replace(nonce="another's", to=7), timeout)
+                    engine._session.reconnects += reconnected
+            return await ask(request, timeout)
+
+        monkeypatch.setattr(engine._connection, "ask", reconnecting)
+        if reconnected:
+            with pytest.raises(idemq.OutcomeUnknown):
+                await mq.seek_group("g", "t", 3)
+            assert (asked, await positions(mq)) == (1, {("t", 0): 7})
+        else:
+            await mq.seek_group("g", "t", 3)
+            assert (asked, await positions(mq)) == (2, {("t", 0): 3})
+        monkeypatch.undo()
+
+
+@run
+async def test_a_holder_whose_lease_has_passed_on_cannot_seek() -> None:
+    async with world(messages=10) as (_, mq), mq.subscribe("t", group="g") as sub:
+        [one] = leased(sub)
+        one.lease -= 1  # as it is for somebody who has not heard of it yet
+        with pytest.raises(idemq.LeaseLost) as lost:
+            await sub.seek("t", 0, 5)
+        assert lost.value.partitions == [one.reading.key]
+        one.lease += 1
