@@ -9,13 +9,14 @@ import struct
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import idemq
-from idemq import Client, Message, Record
+from idemq import Client, Message, Record, Subscription, Transaction
 
 from .figures import Plan, Row, Rows, into_lmdb, sample_rows, values_batch
 from .measure import Sample, Stopwatch, broker, spread
@@ -36,53 +37,65 @@ WINDOW_S = 1.0
 ANSWER_S_MAX = 60.0
 
 LAG_RATE = 5_000
-LAG_S = 20
+LAG_S = 10
 LAG_TICK_S = 0.002
 LAG_LOOK_S = 0.05
 TIMESTAMP = struct.Struct("<d")
+
+Way = Callable[[Client, Subscription, Stopwatch, int, int], Awaitable[Sample]]
+"""How so many transactions of so many messages are made."""
 
 
 # ---------------------------------------------------------------------------------------------------- transactions
 
 
 async def txn(plan: Plan) -> Rows:
-    """Consume, process, produce: as many messages out as in, one transaction at a time and several in flight.
+    """Consume, process, produce: as many messages out as in; one transaction at a time, several in flight, `process`.
 
     Beside them the bound of those one at a time: as large batches straight into LMDB, one in a commit.
     """
     value = os.urandom(plan.sizes[0])
-    for each, full in ((1, 2_000), (10, 2_000), (100, 1_000)):
-        flights = {1: plan.messages(full), IN_FLIGHT: plan.messages(4 * full)}
-        samples: dict[int, list[Sample]] = {in_flight: [] for in_flight in flights}
+    for each, full in ((1, 1_000), (10, 1_000), (100, 500)):
+        count = plan.messages(full)
+        ways: dict[str, tuple[int, Way]] = {
+            "one at a time": (count, partial(_by_hand, in_flight=1)),
+            f"{IN_FLIGHT} in flight": (4 * count, partial(_by_hand, in_flight=IN_FLIGHT)),
+            "process()": (count, _by_process),
+        }
+        samples: dict[str, list[Sample]] = {how: [] for how in ways}
         raw: list[float] = []
         batch = values_batch([value] * each)
         async with broker() as process, idemq.connect(process.url, timeout=60) as mq:
             for topic in (SOURCE, TARGET):
                 await mq.create_topic(topic, partitions=PARTITIONS)
             async with mq.producer() as producer:
-                await producer.send_many(SOURCE, [value] * (each * max(flights.values())))
+                await producer.send_many(SOURCE, [value] * (4 * count * each))
             watch = Stopwatch(process)
             for number in range(plan.rounds + 1):
-                for in_flight, count in flights.items():
-                    taken = await _transform(mq, watch, f"{in_flight}-{number}", each, count, in_flight)
+                for how, (transactions, way) in ways.items():
+                    # A new group each time, so from the topic's beginning; joining is not counted.
+                    async with mq.subscribe(SOURCE, group=f"{how} {number}") as sub:
+                        sample = await way(mq, sub, watch, each, transactions)
                     if number:
-                        samples[in_flight].append(taken)
+                        samples[how].append(sample)
                 with TemporaryDirectory(prefix="idemq-bench-raw-") as directory:
-                    rate = await asyncio.to_thread(into_lmdb, directory, number, batch, flights[1], flights[1])
+                    rate = await asyncio.to_thread(into_lmdb, directory, number, batch, count, count)
                     if number:
                         raw.append(rate)
-        for in_flight, taken_all in samples.items():
-            how = "one at a time" if in_flight == 1 else f"{in_flight} in flight"
-            name = f"transactions, {each} in / {each} out, {how}"
-            yield Row(name, "transactions/s", spread(one.rate / each for one in taken_all))
-            for row in sample_rows(name, taken_all)[1:]:
+        for how, taken in samples.items():
+            name = f"txn {each} in, {each} out, {how}"
+            rates = [one.rate / each for one in taken]
+            yield Row(name, "transactions/s", spread(rates))
+            for row in sample_rows(name, taken)[1:]:
                 yield row
+            yield Row(f"{name} / raw LMDB", "ratio", spread(a / b for a, b in zip(rates, raw, strict=True)))
         yield Row(f"raw LMDB, {each} in a commit", "commits/s", spread(raw))
 
 
-async def _transform(mq: Client, watch: Stopwatch, group: str, each: int, count: int, in_flight: int) -> Sample:
-    """So many transactions by a new group, from the topic's beginning; joining is not counted."""
-    async with mq.subscribe(SOURCE, group=group) as sub, mq.producer() as producer:
+async def _by_hand(
+    mq: Client, sub: Subscription, watch: Stopwatch, each: int, transactions: int, in_flight: int
+) -> Sample:
+    async with mq.producer() as producer:
         free = asyncio.Semaphore(in_flight)
 
         async def one(batch: Sequence[Message]) -> None:
@@ -93,14 +106,29 @@ async def _transform(mq: Client, watch: Stopwatch, group: str, each: int, count:
 
         watch.start()
         async with asyncio.TaskGroup() as running:
-            left = count
+            left = transactions
             async for batch in sub.batches(max_messages=each):
                 await free.acquire()
                 running.create_task(one(batch))
                 left -= 1
                 if not left:
                     break
-        return watch.stop(count * each)
+        return watch.stop(transactions * each)
+
+
+async def _by_process(mq: Client, sub: Subscription, watch: Stopwatch, each: int, transactions: int) -> Sample:
+    done = 0
+
+    async def handle(message: Message, tx: Transaction) -> None:
+        nonlocal done
+        tx.send(TARGET, message.value)
+        done += 1
+        if done == transactions * each:
+            sub.stop()
+
+    watch.start()
+    await sub.process(handle, max_messages=each)
+    return watch.stop(done)
 
 
 # ----------------------------------------------------------------------------------------------------- rebalancing
@@ -219,7 +247,7 @@ async def _rebalance(
 
     async def gap(what: str, start: float) -> None:
         """The longest gap of any member that stays, in the window that begins then."""
-        await asyncio.sleep(max(0.0, start + 2 * WINDOW_S - time.monotonic()))
+        await asyncio.sleep(max(0.0, start + 1.25 * WINDOW_S - time.monotonic()))
         found = [await workers.tell(number, "gaps", [start, start + WINDOW_S]) for number in staying]
         gaps[what].append(max(one for some in found for one in some))
 
@@ -228,7 +256,7 @@ async def _rebalance(
         for number in staying:
             await workers.tell(number, "forget")
         for what in ("nothing", "nothing again"):
-            await gap(what, time.monotonic() + WINDOW_S)
+            await gap(what, time.monotonic())
         for what, verb in (("join", "join"), ("leave", "leave")):
             started = await workers.tell(other, verb, 1)
             seconds[what].append(await workers.settled(members + (what == "join")) - started)

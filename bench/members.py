@@ -16,8 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import idemq
-from idemq import Client, ClientClosed
-from idemq.client.consumer import Subscription
+from idemq import Client, ClientClosed, Subscription
 
 CONNECTION_MEMBERS_MAX = 10
 COMMIT_S = 0.5
