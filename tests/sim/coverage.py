@@ -359,6 +359,7 @@ REQUIRED = [
     "core: Fetch reads",
     "core: Fetch waits",
     "core: Heartbeat BAD_REQUEST",
+    "core: Heartbeat QUOTA_EXCEEDED",
     "core: Heartbeat STALE_CONNECTION",
     "core: Heartbeat UNKNOWN_TOPIC",
     "core: Heartbeat is told nothing",

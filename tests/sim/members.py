@@ -121,7 +121,7 @@ class Member(App):
             self._replace(1.0)
         elif self.renewing or known != self.topic_ids:
             self.leave()
-        elif not healed and self.places and self.rng.random() < 0.06:
+        elif not healed and self.places and self.rng.random() < 0.1:
             self._seek(self.rng.choice(list(self.places.values())))
         else:
             self._fetch()

@@ -195,14 +195,6 @@ MUTANTS = [
         "return row._replace(suspects_end=min(end, row.next + max(in_hand_max, 1)))",
         "return row._replace(attempts=row.attempts + 1)",
     ),
-    _one(
-        "a single message is to blame, though it may have come after its holder died",
-        groups,
-        "ended_uncleanly",
-        "return row._replace(suspects_end",
-        "if end == row.next + 1:\n        return row._replace(attempts=row.attempts + 1)\n"
-        "    return row._replace(suspects_end",
-    ),
     _one("nobody is suspected", groups, "ended_uncleanly", "if row.next >= end or", "if True or"),
     _one("an attempt is not stored", groups, "moved", "or entry.attempts <= row.attempts", "or True"),
     _one(

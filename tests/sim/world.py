@@ -107,7 +107,7 @@ class World:
         self.group_bytes_max = rng.choice((1 << 20, 1 << 20, 25_000))
         self.fetches_max = rng.choice((1, 8))
         self.quota = rng.random() < 0.2
-        self.may_restore = rng.random() < 0.15
+        self.may_restore = rng.random() < 0.25
         self.batch_bytes = rng.choice((30, 100, 400))
         self.in_flight = rng.choice((1, 3, 8, 16))
         self.linger_s = rng.choice((0.0, 0.0, 0.02))
@@ -119,7 +119,7 @@ class World:
 
         self.incarnations = 1
         self.store = MemoryStore(b"store-%d" % self.incarnations)
-        self.remember = rng.choice((2, 8, wire.REMEMBERED))
+        self.remember = rng.choice((2, 3, 8, wire.REMEMBERED))
         self.oracle = Oracle(self.store.incarnation(), self.remember)
         self.oracle.attempts_max = rng.choice((1, 2, 3))
         self.oracle.is_poison = self.is_poison
@@ -497,6 +497,8 @@ class World:
             fetches_max=self.fetches_max,
             topics_max=5 if self.quota and not healed else 100,
             producers_max=8 if self.quota and not healed else 10_000,
+            offsets_max=12 if self.quota and not healed else 10_000,
+            group_members_max=2 if self.quota and not healed else 1_000,
             rows_cached_max=3,
             clock_pause_ms=2_000,
             remembered=self.remember,
@@ -698,7 +700,20 @@ class World:
         """Processes do nothing for longer than a member may be silent; their connections stay."""
         for process in self.rng.sample(self.processes, self.rng.choice((1, 1, len(self.processes)))):
             process.asleep_until = self.now + self.member_timeout_ms / 1000 * (0.6 + self.random())
+        if self.random() < 0.3:
+            # Others hold what it held, and give it back just before it wakes.
+            process = self.rng.choice(self.processes)
+            process.asleep_until = self.now + self.member_timeout_ms / 1000 * 1.1 + 0.4
+            self.at(process.asleep_until - 0.25, self._leave_it, process, None)
         return True
+
+    def _leave_it(self, process: Process, _: None) -> None:
+        """Everybody stops who is in a group with a member of this process."""
+        groups = [app.group for app in process.apps if isinstance(app, Member)]
+        for other in self.processes:
+            for app in other.apps:
+                if other is not process and isinstance(app, Member) and app.group in groups:
+                    app.stopping = True
 
     def _fault_cutoff(self) -> bool:
         """A process reaches nobody for a while, and goes on as if nothing were."""
@@ -734,7 +749,7 @@ class World:
 
     def _fault_ambush(self) -> bool:
         """Wait for a certain request, then have it arrive late, when its sender is gone or went on elsewhere."""
-        self.ambush = self.rng.choice(("Open", "Heartbeat", "Seek", "Commit", "Commit", "Commit"))
+        self.ambush = self.rng.choice(("Open", "Heartbeat", "Seek", *("Commit",) * 5))
         return True
 
     def _spring(self, link: Link, frames: list[Any]) -> None:
@@ -804,7 +819,8 @@ class World:
         count = self.rng.choice((1, 2, 6))
         for turn in range(count):
             self.after(0.03 + turn * 0.1, self._take_over, app, None)
-        self.after(0.2 + count * 0.1, self._lost, link, None)
+        # Long enough, often, for the next holder to store more than is remembered.
+        self.after(0.2 + count * 0.1 + self.random() ** 2 * 1.5, self._lost, link, None)
         return True
 
     def _take_over(self, app: App, _: None) -> None:
@@ -946,16 +962,16 @@ FAULT_KINDS = (
     *("crash",) * 3,
     *("group",) * 2,
     "full",
-    *("kill",) * 2,
+    *("kill",) * 3,
     *("ambush",) * 6,
-    *("takeovers",) * 2,
+    *("takeovers",) * 3,
     *("pause",) * 2,
     "sleep",
     "clock",
     *("restore",) * 2,
     *("hang",) * 4,
     *("cutoff",) * 2,
-    *("leave",) * 2,
+    *("leave",) * 3,
 )
 JUDGED = frozenset({wire.Commit, wire.Open, wire.Heartbeat, wire.Seek, wire.DeleteOffsets})
 """Requests whose answers the oracle sees."""
