@@ -618,6 +618,23 @@ def test_after_a_restart_who_lost_its_report_gets_the_lease_it_has() -> None:
     assert [one.lease for one in worker.beat().granted] == [lease]
 
 
+def test_after_a_restart_a_holder_that_wants_more_than_its_rows_say_gets_it() -> None:
+    cluster = Cluster()
+    one, two = cluster.make_topic(1, "one"), cluster.make_topic(2, "two")
+    a, b = Worker(cluster, "a", one, two), Worker(cluster, "b", two)
+    a.beat()
+    b.beat()
+    a.give_back(*a.beat().revoked)
+    a.beat()
+    assert [lease.topic_id for lease in b.beat().granted] == [two]
+    cluster.restart()
+    cluster.admin_asks(wire.AlterTopic(one, 2, wire.Settings()))
+    for worker in (b, a):  # by what b asks about, a is known as one that wants the second topic only
+        worker.reconnect()
+        changes = worker.beat()
+    assert [(lease.topic_id, lease.partition) for lease in changes.granted] == [(one, 1)]
+
+
 def test_a_second_topic_after_a_restart_is_looked_at_too() -> None:
     cluster = Cluster()
     one, two = cluster.make_topic(1, "one"), cluster.make_topic(1, "two")
