@@ -436,6 +436,9 @@ class Handling:
 
     def _admit(self, batch: Sequence[Message]) -> list[Message]:
         """What may be handled now. A parking topic's partition waits for the time of its first message."""
+        if self._held_back:  # somebody may have resumed a partition that was to wait
+            for key in {leased_of(message).reading.key for message in batch} & self._held_back.keys():
+                self._hold_no_more(key)
         if self._policy is None or self._policy.parking is None:
             return list(batch)
         admitted: list[Message] = []
@@ -457,9 +460,6 @@ class Handling:
     def _hold_back(self, message: Message, seconds: float) -> None:
         """Hand out this message and those behind it again, in a while."""
         reading, reader = leased_of(message).reading, self._sub._reader
-        earlier = self._held_back.pop(reading.key, None)
-        if earlier is not None:  # somebody resumed the partition meanwhile
-            earlier.cancel()
         by_user = reading.paused
         reader.pause(reading, True)
         reader.seek(reading, message.offset)
