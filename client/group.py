@@ -32,7 +32,7 @@ Callback = Callable[[list[tuple[str, int]]], Any]
 class Leased(Delivery):
     """One partition under one lease, and what of it was handed out since its messages were last taken back."""
 
-    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "state")
+    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "state", "told")
 
     def __init__(self, group: GroupConsumer, lease: wire.Lease, topic: TopicInfo) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
@@ -50,6 +50,8 @@ class Leased(Delivery):
         """When messages were handed out last (see `GroupConsumer.returned`)."""
         self.state = "held"
         """held -> releasing -> gone, or at once; stale: its messages are handed out again by another in its place."""
+        self.told = False
+        """The user was told that it is assigned, and not yet that it no longer is."""
 
     def moved(self, end: int) -> None:
         """The position is stored at `end`."""
@@ -65,6 +67,7 @@ class Leased(Delivery):
         )
         leased = Leased(self.group, lease or same, self.reading.topic)
         leased.reading.end, leased.reading.paused = self.reading.end, self.reading.paused
+        leased.told = self.told
         return leased
 
 
@@ -205,6 +208,9 @@ class GroupConsumer:
 
     async def leave(self) -> None:
         """Give everything back. Commits under way are waited for; the broker is told, if it can be."""
+        with suppress(TimeoutError):  # what the user does when he is told is not cut short, unless it takes too long
+            async with asyncio.timeout(self._timeout), self._callbacks:
+                pass
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -213,7 +219,7 @@ class GroupConsumer:
             await asyncio.wait(self._commits, timeout=self._timeout)
         held = list(self.held.values())
         try:
-            await self._call(self._on_revoked, held)  # it may commit
+            await self._call(self._on_revoked, held, False)  # it may commit
         finally:
             self.held = {}
             for leased in held:
@@ -253,7 +259,7 @@ class GroupConsumer:
             if lost:
                 self._reader.remove([leased.reading.key for leased in lost])
                 self._progress.set()
-                self._spawn(self._call, self._on_revoked, lost)
+                self._spawn(self._call, self._on_revoked, lost, False)
             for leased in revoked:
                 leased.state = "releasing"
                 self._reader.pause(leased.reading, True)
@@ -269,7 +275,7 @@ class GroupConsumer:
 
     async def _take_up(self, granted: list[Leased]) -> None:
         """What is granted is read once the user knows of it."""
-        await self._call(self._on_assigned, granted)
+        await self._call(self._on_assigned, granted, True)
         self._reader.add([leased.reading for leased in granted if leased.state == "held"])
 
     async def _give_up(self, revoked: list[Leased]) -> None:
@@ -280,7 +286,7 @@ class GroupConsumer:
                 self._progress.clear()
                 await self._progress.wait()
                 continue
-            await self._call(self._on_revoked, finished)
+            await self._call(self._on_revoked, finished, False)
             finished = [leased for leased in finished if leased.state == "releasing"]  # not taken meanwhile
             assert self._member is not None
             for leased in finished:
@@ -289,14 +295,16 @@ class GroupConsumer:
                 self._member.give_back(leased.reading.key)
             self._reader.remove([leased.reading.key for leased in finished])
 
-    async def _call(self, callback: Callback | None, partitions: list[Leased]) -> None:
-        """One callback at a time."""
-        if callback is None or not partitions:
-            return
+    async def _call(self, callback: Callback | None, partitions: list[Leased], told: bool) -> None:
+        """One callback at a time; of each partition first that it is assigned, then, once, that it no longer is."""
         async with self._callbacks:
-            result = callback([leased.reading.name for leased in partitions])
-            if inspect.isawaitable(result):
-                await result
+            news = [leased for leased in partitions if leased.told != told]
+            for leased in news:
+                leased.told = told
+            if callback is not None and news:
+                result = callback([leased.reading.name for leased in news])
+                if inspect.isawaitable(result):
+                    await result
 
     # ------------------------------------------------------------------------------------------ what is in hand
 

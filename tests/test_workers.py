@@ -283,6 +283,60 @@ async def test_members_that_keep_their_partitions_are_not_disturbed_by_a_rebalan
         await asyncio.gather(*working)
 
 
+@run
+async def test_on_closing_what_is_being_said_is_finished_and_not_said_again() -> None:
+    async with world(partitions=2) as w:
+        heard: list[tuple[str, Partitions]] = []
+        go_on = asyncio.Event()
+
+        async def revoked(partitions: Partitions) -> None:
+            heard.append(("began", partitions))
+            await go_on.wait()
+            heard.append(("finished", partitions))
+
+        sub = w.mq.subscribe("t", group="g", on_revoked=revoked)
+        await sub.open()
+        async with w.mq.subscribe("t", group="g"):
+            await eventually(lambda: len(heard) == 1)
+            closing = asyncio.create_task(sub.close())
+            await w.mq.ping()
+            go_on.set()
+            await closing
+        given, rest = heard[0][1], heard[-1][1]
+        assert heard == [(what, which) for which in (given, rest) for what in ("began", "finished")]
+        assert sorted(given + rest) == [("t", 0), ("t", 1)]
+
+
+@run
+async def test_on_closing_nothing_is_said_to_be_lost_that_was_not_said_to_be_assigned() -> None:
+    async with world(partitions=1) as w:
+        assigned: Partitions = []
+        revoked: Partitions = []
+        go_on = asyncio.Event()
+
+        async def on_assigned(partitions: Partitions) -> None:
+            assigned.extend(partitions)
+            if len(assigned) == 2:
+                await go_on.wait()
+
+        sub = w.mq.subscribe("t", group="g", on_assigned=on_assigned, on_revoked=revoked.extend)
+        await sub.open()
+        await w.mq.alter_topic("t", partitions=2)
+        await eventually(lambda: len(assigned) == 2)
+        await w.mq.alter_topic("t", partitions=3)
+        await until(lambda: _holds(w, 3))
+        await w.mq.ping()  # an answer behind that one
+        closing = asyncio.create_task(sub.close())
+        await w.mq.ping()
+        go_on.set()
+        await closing
+        assert sorted(revoked) == sorted(assigned)
+
+
+async def _holds(w: World, partitions: int) -> bool:
+    return sum(map(len, (await w.members()).values())) == partitions
+
+
 # --------------------------------------------------------------------------------------------- a broker that restarts
 
 
@@ -555,9 +609,8 @@ async def test_what_a_members_old_connection_still_held_changes_nothing() -> Non
         await one.sub.commit(await next_batch(one.sub))
 
         cuts = one.link.counts.cuts
-        async with late():  # its word that it is there
-            async with w.mq.subscribe("t", group="g"):
-                await eventually(lambda: one.link.counts.cuts > cuts)
-                await one.mq.ping()
-                await one.sub.close()
+        async with late(), w.mq.subscribe("t", group="g"):  # its word that it is there
+            await eventually(lambda: one.link.counts.cuts > cuts)
+            await one.mq.ping()
+            await one.sub.close()
         assert await w.members() == {}
