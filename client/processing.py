@@ -56,7 +56,7 @@ class _Process(Handling):
             await self._wait_for_probe()
             batch = await self._sub._next(1 if self._breaker.is_open else self._in_hand_max, 0.0, self._until_idle)
             if batch is None:
-                if self._stopping or (self._idle() and not self._breaker.is_open):
+                if self._stopping or self._idle():
                     return
                 continue
             messages = self._admit(batch)

@@ -81,8 +81,10 @@ class _Run(Handling):
         times = [self._schedule.commit_at]
         if not self._ended:
             times.append(self._schedule.next_at)
-            if self._breaker.probe_at is not None and not self._schedule.running:
-                times.append(self._breaker.probe_at)
+            probe_at = self._breaker.probe_at
+            # Later than that there was nothing to try, and time alone changes nothing.
+            if probe_at is not None and probe_at > self._loop.time() and not self._schedule.running:
+                times.append(probe_at)
         if self._schedule.in_hand:
             times.append(self._loop.time() + REVOKED_S)
         return min(times) if min(times) < inf else None
@@ -102,7 +104,9 @@ class _Run(Handling):
 
     def _fetch(self) -> None:
         room = IN_HAND_MAX - self._schedule.in_hand
-        waits = self._ended or self._suspect is not None or self._breaker.is_open
+        # In an outage one of those in hand is tried; with none of them left, whatever comes next.
+        outage = self._breaker.is_open and self._schedule.in_hand > 0
+        waits = self._ended or self._suspect is not None or outage
         if self._fetching is None and room > 0 and not waits:
             self._fetching = self._loop.create_task(self._sub._next(room, 0.0, self._until_idle))
             self._fetching.add_done_callback(lambda _: self._changed.set())
