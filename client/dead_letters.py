@@ -153,12 +153,19 @@ def _origin(message: Message) -> dict[str, str]:
 
 def _why(failure: Failure) -> dict[str, str]:
     error = failure.error
-    reason = failure.reason or ("" if error is None else str(error))
+    reason = failure.reason or ("" if error is None else _said(error))
     why = {"group": failure.group, "attempts": str(failure.attempts), "reason": _start(reason, REASON_BYTES_MAX)}
     if error is not None:
         kind = type(error)
         why["error"] = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return why
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - a user's own, which fails: its message is a dead letter nevertheless
+        return ""
 
 
 def _headers(prefix: str, message: Message, ours: Mapping[str, str]) -> dict[str, bytes]:

@@ -114,6 +114,11 @@ def not_async(result: Any) -> InvalidRequest:
     return InvalidRequest("the handler returned something to be awaited: write it as `async def`")
 
 
+def cancelled_within() -> RuntimeError:
+    """A handler raised CancelledError, and nobody had cancelled it: it has failed as any other."""
+    return RuntimeError("the handler was cancelled from within")
+
+
 def _wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
@@ -317,11 +322,15 @@ class Handling:
             if self._hurry.done():
                 raise Unfinished from None
             raise self._late(message) from None
+        except Exception:
+            if limit.expired() and self._hurry.done():
+                raise Unfinished from None  # whatever it made of being cancelled
+            raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise RuntimeError("the handler was cancelled from within") from None
+            raise cancelled_within() from None
         finally:
             self._limits.discard(limit)
 
@@ -337,6 +346,8 @@ class Handling:
             waited: list[asyncio.Future[Any]] = [call, self._hurry]
             await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         result, error = call.result()
+        if isinstance(error, asyncio.CancelledError):
+            raise cancelled_within()
         if error is not None:
             raise error
         return result

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .errors import HandlerTimeout, InvalidRequest, OutcomeUnknown, TransactionAborted
 from .group import Leased, moves, rewind
-from .handling import FOREVER_S, Handler, Handling, Judged, Unfinished, leased_of, not_async, tried
+from .handling import FOREVER_S, Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
 from .records import Message
 from .retry import Verdict
 from .session import TRANSACTION_BYTES_MAX
@@ -172,6 +172,8 @@ class _Process(Handling):
                         return not_async(result)
                 except Exception as error:  # noqa: BLE001 - as above
                     return error
+                except asyncio.CancelledError:
+                    return cancelled_within()
                 tx._end()
                 done.append(tx)
                 tx = producer.transaction(timeout=FOREVER_S)._begun()
@@ -179,11 +181,12 @@ class _Process(Handling):
 
         call = self._threads.call(work)
         try:
-            return done, await self._watched(call, lambda: begun, lambda: messages[len(done)])
+            # With the last one done the thread may not have said so yet.
+            return done, await self._watched(call, lambda: begun, lambda: messages[min(len(done), len(messages) - 1)])
         except Unfinished:
             return done.copy(), None
         except HandlerTimeout as late:
-            return done.copy(), late
+            return done[: len(messages) - 1], late
         finally:
             tx._end()  # a thread that goes on can send nothing more
 
