@@ -183,6 +183,8 @@ class Handling:
         if sub._handling is not None:
             raise InvalidRequest("process() or run() is under way on this subscription")
         sub._handling = self
+        if sub._reader.stopping:  # before this call had begun
+            self.stop()
         try:
             await self._check_topics()
             if self._policy is not None:

@@ -170,7 +170,7 @@ class _Run(Handling):
     # ------------------------------------------------------------------------------------------------- the handlers
 
     def _next_work(self) -> Work | None:
-        if self._ended:
+        if self._ended or self._stopping:
             return None
         probe_at = self._breaker.probe_at
         if probe_at is not None and (self._schedule.running or self._loop.time() < probe_at):
