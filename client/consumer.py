@@ -289,9 +289,12 @@ class Subscription:
         """Move the group's position behind a message, a batch, messages, or everything handed out (None).
 
         Cumulative for each partition, and forward only. Without `wait` the call returns at once, and what goes wrong
-        is raised when the loop comes back. Raises LeaseLost for partitions that are another member's by now.
+        is raised when the loop comes back. Raises LeaseLost for partitions that are another member's by now;
+        InvalidRequest while `process` or `run` is under way, which commit by themselves.
         """
         group = self._grouped("commit()")
+        if self._handling is not None:  # it would pass what is handed out and not handled
+            raise InvalidRequest("process() and run() commit what is handled by themselves")
         moved = group.delivered() if what is None else moves(what)
         if wait:
             await group.commit(moved)

@@ -170,14 +170,18 @@ class NativeEngine(Engine):
     async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
         for start in range(0, len(offsets), wire.APPENDS_MAX):
             some = list(offsets[start : start + wire.APPENDS_MAX])
-            try:
-                await self._connection.ask(_checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
-            except LeaseLost as lost:
-                # C6: an earlier copy was stored, if the lease ended at or behind where this one leads.
-                ended_at, where = lost.details.get("next"), lost.partitions
-                ends = {(one.topic_id, one.partition): one.end for one in some if one.attempts is None}
-                if not (isinstance(ended_at, int) and where and ended_at >= ends.get(where[0], wire.NUMBER_MAX)):
-                    raise
+            while some:
+                try:
+                    await self._connection.ask(_checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
+                    break
+                except LeaseLost as lost:
+                    # C6: it was there already, if the lease ended at or behind where this one leads; the others are
+                    # not stored yet.
+                    ended_at, where = lost.details.get("next"), lost.partitions
+                    ends = {(one.topic_id, one.partition): one.end for one in some if one.attempts is None}
+                    if not (isinstance(ended_at, int) and where and ended_at >= ends.get(where[0], wire.NUMBER_MAX)):
+                        raise
+                    some = [one for one in some if (one.topic_id, one.partition) != where[0]]
 
     async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
         connections = self._session.reconnects
