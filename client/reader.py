@@ -114,18 +114,15 @@ class Reader:
         self._fetch_again()
 
     def pause(self, one: Reading, paused: bool) -> None:
-        """Fetch and hand out nothing of a partition, or go on."""
+        """Fetch and hand out nothing of a partition, or go on. What was read ahead takes no room meanwhile."""
         if one.paused == paused:
             return
         one.paused = paused
         if paused:
-            if one in self.ready:
-                self.ready.remove(one)
-            return
-        if one.pieces:
-            self.ready.append(one)
-            self._changed.set()
-        self._fetch_again()
+            self._drop(one)
+            one.position = one.delivered
+        else:
+            self._fetch_again()
 
     # ---------------------------------------------------------------------------------------------- handing out
 
