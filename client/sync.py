@@ -18,7 +18,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from . import client, consumer, errors, producer, transaction, wire
 from .consumer import Batch
-from .errors import ClientClosed
+from .errors import ClientClosed, InvalidRequest
 from .group import Callback
 from .handling import HANDLER_TIMEOUT_S, Handler
 from .records import Message, Receipt, Record, SendSummary
@@ -70,6 +70,8 @@ class _Thread:
         try:
             if os.getpid() != self._pid:
                 raise ClientClosed(f"this client belongs to process {self._pid}: a forked child connects by itself")
+            if threading.current_thread() is self._thread:
+                raise InvalidRequest("a coroutine function runs on the client's own loop, which this call would block")
             with self._lock:
                 # Under the lock, so that whatever is scheduled comes before the loop's end and is answered.
                 if self._ended:
