@@ -208,8 +208,13 @@ class Gone:
             return  # of a topic of the same name, which was deleted
         for partition, below, bits in partitions:
             self._below[partition] = below
-            number = int.from_bytes(bits, "little")
-            self._offsets[partition] = {below + bit for bit in range(number.bit_length()) if number >> bit & 1}
+            self._offsets[partition] = {
+                below + 8 * place + bit
+                for place, byte in enumerate(bits)
+                if byte
+                for bit in range(8)
+                if byte >> bit & 1
+            }
 
     def below(self, partition: int) -> int:
         """All before this offset are gone."""

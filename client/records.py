@@ -28,6 +28,8 @@ RECORD_BYTES = 16
 """What a record adds to a batch beside its value, key and headers, about."""
 OUR_HEADERS = "idemq-"
 """How the names of headers begin that are ours, not the user's."""
+OUR_HEADERS_BYTES_MAX = 1 << 20
+"""What they may come to beside a message of the largest size."""
 _UID_PRODUCER = Struct(">QQ")
 _UID_LOG = Struct(">QIQ")
 
@@ -71,11 +73,12 @@ def _no_bytes(what: str, value: object) -> InvalidRequest:
 def check_record(value: Any, key: Any, headers: Any) -> int:
     """The size of a record in bytes. Raises InvalidRequest for wrong types, MessageTooLarge beyond the limit.
 
-    Headers of our own do not count for the limit: a message of the largest size, too, can become a dead letter.
+    Headers of our own do not count for the limit, up to theirs: a message of the largest size, too, can become a dead
+    letter. They count for the size.
     """
     if type(value) is not bytes:
         raise _no_bytes("a value", value)
-    size = len(value)
+    size, ours = len(value), 0
     if key is not None:
         if type(key) is not bytes:
             raise _no_bytes("a key", key)
@@ -87,10 +90,12 @@ def check_record(value: Any, key: Any, headers: Any) -> int:
             if type(name) is not str or type(item) is not bytes:
                 raise InvalidRequest("headers map text to bytes")
             try:
-                size += 0 if name.startswith(OUR_HEADERS) else len(name.encode()) + len(item) + 10
+                header = len(name.encode()) + len(item) + 10
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"a header's name is no text: {error}") from None
-    if size > wire.MESSAGE_BYTES_MAX:
+            size += header
+            ours += header if name.startswith(OUR_HEADERS) else 0
+    if size - min(ours, OUR_HEADERS_BYTES_MAX) > wire.MESSAGE_BYTES_MAX:
         raise MessageTooLarge(f"a message of {size} bytes; at most {wire.MESSAGE_BYTES_MAX} are allowed")
     return size
 
