@@ -433,7 +433,7 @@ class _Walk:
             self._expect(row.suspects_end <= end, where, f"its suspects end beyond the end at {end}")
             leases = row.ended_lease < row.lease <= self._state.counter or not (row.ended_lease or row.lease)
             self._expect(leases, where, "its leases do not rise, or lie above the counter")
-            self._expect(bool(row.lease or not row.session), where, f"{row.session!r} holds it without a lease")
+            self._expect(bool(row.lease or not row.holder), where, f"{row.holder!r} holds it without a lease")
 
 
 def _stretches(numbers: array[int]) -> Iterator[_Stretch]:

@@ -200,7 +200,7 @@ class Connection:
     serial: int = 0
     client: str = ""
     session: str = ""
-    parked: dict[Any, None] = field(default_factory=dict)
+    parked: dict[_Waiter, None] = field(default_factory=dict)
     """Its fetches that wait."""
     closed: bool = False
 
@@ -833,8 +833,8 @@ class Core:
         for key, held in reported.items():
             if key.topic_id in request.topics:
                 row = self._offset(OffsetKey(request.group, *key))
-                if row is not None and row.lease == held.lease and not row.session:
-                    rows[key] = row._replace(session=request.member)
+                if row is not None and row.lease == held.lease and not row.holder:
+                    rows[key] = row._replace(holder=request.member)
         return rows
 
     def _take_holders(
@@ -843,8 +843,8 @@ class Core:
         """Stored holders are members, too: they may not have come back to this broker yet."""
         group.topics.update(topic_ids)
         for key, row in rows.items():
-            if row is not None and row.session:
-                holder = group.members.setdefault(row.session, Member(row.session, now.mono_ms))
+            if row is not None and row.holder:
+                holder = group.members.setdefault(row.holder, Member(row.holder, now.mono_ms))
                 holder.topics |= {key.topic_id}
                 group.hold(holder, key, row.lease)
 
@@ -1019,11 +1019,11 @@ class Core:
         for key, committed in stored:
             row = self._offsets.get(key, committed)
             if row is not None and request.group in (None, key.group):
-                bytes_left -= 128 + 4 * (len(key.group) + len(row.session)) + len(row.metadata or b"")
+                bytes_left -= 128 + 4 * (len(key.group) + len(row.holder)) + len(row.metadata or b"")
                 if entries and (bytes_left < 0 or len(entries) == wire.NAMES_MAX):
                     more = True
                     break
-                entries.append(wire.OffsetEntry(*key, row.next, row.lease, row.session, row.attempts, row.metadata))
+                entries.append(wire.OffsetEntry(*key, row.next, row.lease, row.holder, row.attempts, row.metadata))
             after = key
         return wire.OffsetsAre(
             entries, wire.OffsetAfter(after.topic_id, after.partition, after.group) if more and after else None

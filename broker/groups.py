@@ -28,7 +28,7 @@ class OffsetRow(NamedTuple):
     next: int
     lease: int
     """0: never held."""
-    session: str
+    holder: str
     """The member that holds it; empty: given back, or its member is gone."""
     metadata: bytes | None
     ended_lease: int
@@ -47,12 +47,12 @@ class OffsetRow(NamedTuple):
 
 def granted(row: OffsetRow, member: str, number: int) -> OffsetRow:
     """Rule 14: the row once `member` holds it. `number` is the next of the counter."""
-    return row._replace(lease=number, session=member, ended_lease=row.lease, ended_at=row.next)
+    return row._replace(lease=number, holder=member, ended_lease=row.lease, ended_at=row.next)
 
 
 def released(row: OffsetRow) -> OffsetRow:
     """The row after its holder gave it back, or was told to. The lease still commits until somebody else has one."""
-    return row._replace(session="")
+    return row._replace(holder="")
 
 
 def ended_uncleanly(row: OffsetRow, end: int, in_hand_max: int) -> OffsetRow:
@@ -70,13 +70,13 @@ def ended_uncleanly(row: OffsetRow, end: int, in_hand_max: int) -> OffsetRow:
 
 def sought(row: OffsetRow | None, request: Seek, number: int) -> OffsetRow | Failed:
     """Rule 15: the row after this Seek, or OPEN_RACE. `number` is the next of the counter."""
-    lease, at, holder = (row.lease, row.next, row.session) if row is not None else (0, 0, "")
+    lease, at, holder = (row.lease, row.next, row.holder) if row is not None else (0, 0, "")
     if row is not None and row.sought_by == request.nonce and request.member in ("", holder):
         return row  # a member that no longer holds it must not be told whose lease came after its own
     if request.expected_lease != lease:
         return Failed(Code.OPEN_RACE, f"group {request.group!r} is at another lease", {"epoch": lease})
-    session = holder if holder == request.member else ""
-    return OffsetRow(request.to, number, session, None, lease, at, sought_by=request.nonce)
+    kept = holder if holder == request.member else ""
+    return OffsetRow(request.to, number, kept, None, lease, at, sought_by=request.nonce)
 
 
 def refusal(row: OffsetRow | None, entry: Offset, forward_only: bool) -> Failed | None:

@@ -437,7 +437,7 @@ def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) ->
     assert repr(found) == lzma.decompress((golden / "content.txt.xz").read_bytes()).decode().strip()
     assert len(found[3]) > 1, "it has topics"
     assert len(found[7]) > 5, "it has producers"
-    assert any(row.session and row.suspects_end for _, row in found[9]), "it has positions, held, with suspects"
+    assert any(row.holder and row.suspects_end for _, row in found[9]), "it has positions, held, with suspects"
 
 
 def test_an_upgrade_is_done_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

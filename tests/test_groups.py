@@ -295,7 +295,7 @@ def test_who_else_joins_gives_nobody_more_time() -> None:
     cluster.wait(600)
     three.beat()
     cluster.wait(600)
-    assert cluster.row(*moving).session == ""
+    assert cluster.row(*moving).holder == ""
 
 
 def test_what_was_taken_by_force_is_not_taken_back() -> None:
@@ -414,7 +414,7 @@ def test_nothing_is_granted_to_a_connection_that_is_closed() -> None:
     cluster.core.disconnect(two.connection)
     one.leave()
     assert parked not in cluster.answers
-    assert cluster.row(topic_id).session == "", "it cannot be to blame for what it never had"
+    assert cluster.row(topic_id).holder == "", "it cannot be to blame for what it never had"
     two.reconnect()
     assert [lease.partition for lease in two.beat().granted] == [0]
 
@@ -431,7 +431,7 @@ def test_a_late_copy_from_an_older_connection_changes_nothing() -> None:
     assert cluster.ask(old, late).code == Code.STALE_CONNECTION
     worker.membership.leave()
     assert cluster.ask(old, worker.membership.report(0)).code == Code.STALE_CONNECTION
-    assert cluster.row(topic_id).session == "a"
+    assert cluster.row(topic_id).holder == "a"
 
 
 def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
@@ -444,11 +444,11 @@ def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
     cluster.wait(1000)
     cluster.mono_ms += 60_000  # its process was stopped: no tick, nothing read
     cluster.wait(0)
-    assert {cluster.row(topic_id, index).session for index in range(2)} == {"a"}
+    assert {cluster.row(topic_id, index).holder for index in range(2)} == {"a"}
     cluster.wait(3900)
-    assert cluster.row(*moving).session == "a"
+    assert cluster.row(*moving).holder == "a"
     cluster.wait(300)
-    assert cluster.row(*moving).session == "", "then time counts again"
+    assert cluster.row(*moving).holder == "", "then time counts again"
     cluster.wait(TIMEOUT_MS)
     assert cluster.core._groups == {}
 
@@ -649,7 +649,7 @@ def test_a_second_topic_after_a_restart_is_looked_at_too() -> None:
     for worker in (a, b):
         worker.reconnect()
         worker.beat()
-    assert (cluster.row(one).session, cluster.row(two).session) in (("a", "b"), ("a", "b"))
+    assert (cluster.row(one).holder, cluster.row(two).holder) in (("a", "b"), ("a", "b"))
 
 
 def test_a_group_commit_that_failed_grants_nothing() -> None:
@@ -789,7 +789,7 @@ def test_what_a_member_no_longer_wants_it_gives_back() -> None:
     assert worker.beat().revoked == [TopicPartition(one, 0)]
     worker.give_back(TopicPartition(one, 0))
     worker.beat()
-    assert (cluster.row(one).session, cluster.row(two).session) == ("", "a")
+    assert (cluster.row(one).holder, cluster.row(two).holder) == ("", "a")
 
 
 def test_a_member_that_waits_is_told_that_its_topic_is_deleted() -> None:
@@ -914,7 +914,7 @@ def test_who_does_not_hold_it_does_not_hold_it_by_seeking() -> None:
     holder = Worker(cluster, "a", topic_id)
     holder.beat()
     cluster.admin_asks(wire.Seek("g", topic_id, 0, "nonce", holder.lease(topic_id), 2, "b"))
-    assert cluster.row(topic_id).session == ""
+    assert cluster.row(topic_id).holder == ""
     cluster.restart()  # nobody is waited for
     assert [lease.next for lease in Worker(cluster, "c", topic_id).beat().granted] == [2]
 
@@ -999,7 +999,7 @@ def blamed(in_hand_max: int, messages: Sequence[int], committed: int = 0, **chan
         cluster.core._put_offset(key, cluster.row(topic_id)._replace(**changed))
     cluster.wait(TIMEOUT_MS + 200)
     rows = [cluster.row(topic_id, index) for index in range(len(messages))]
-    assert {row.session for row in rows} == {""}
+    assert {row.holder for row in rows} == {""}
     return [(row.attempts, row.suspects_end) for row in rows]
 
 
@@ -1215,7 +1215,7 @@ def test_an_assignment_fits_into_a_frame() -> None:
     pages = [other.beat().granted for _ in range(3)]
     assert [len(page) > 0 for page in pages] == [True, True, False]
     assert {lease.partition for page in pages for lease in page} == set(range(200))
-    assert {cluster.row(topic_id, index).session for index in range(200)} == {"o"}
+    assert {cluster.row(topic_id, index).holder for index in range(200)} == {"o"}
     assert len(wire.encode(1, wire.Assignment(pages[0], [], [], 1))) <= core_module.PAGE_BYTES_MAX + 5000
 
 

@@ -125,7 +125,7 @@ def test_rows_come_back(any_store: Storage) -> None:
     results = (Result(1, 11, ()), Result(2, 12, (Position(5, 6), Position(7, 8))))
     row = producer(4, 2, "näme", results)
     key = OffsetKey("grüppe", 9, 1)
-    position = OffsetRow(3, 4, "session", None, 5, 6)
+    position = OffsetRow(3, 4, "holder", None, 5, 6)
     group = created(row)
     group.offsets[key] = position
     group.topics[9] = topic(9)

@@ -139,12 +139,12 @@ def _group(
     }
     if step % 4 == 2:
         member = f"member-{step // 4 % 2}"
-        held = [wire.Held(*key, row.lease) for key, row in rows.items() if row.session == member]
+        held = [wire.Held(*key, row.lease) for key, row in rows.items() if row.holder == member]
         wanted = [topic.topic_id for topic in topics] if dice.random() < 0.8 else []
         yield wire.Heartbeat(group, member, wanted, held, in_hand_max=dice.choice((0, 1, 5))), b""
     if step % 9 == 7 and rows:
         key, row = dice.choice(list(rows.items()))
-        yield wire.Seek(group, *key, f"seek-{step}", row.lease, row.next // 2, dice.choice(("", row.session))), b""
+        yield wire.Seek(group, *key, f"seek-{step}", row.lease, row.next // 2, dice.choice(("", row.holder))), b""
 
 
 def _epoch(memory: MemoryStore, name: str) -> int:

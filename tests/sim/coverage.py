@@ -34,7 +34,7 @@ class WatchedCore(Core):
         elif kind is wire.Commit:
             before = self._producer(request.producer_id) if request.producer_id else None
             rows = [self._offset(OffsetKey(one.group, *one[1:3])) for one in request.offsets]
-            self._free = [row is not None and not row.session for row in rows]
+            self._free = [row is not None and not row.holder for row in rows]
         elif kind is wire.Seek:
             before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
         elif kind is wire.Heartbeat:
