@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import secrets
 import socket
 import sys
 from collections.abc import Generator
@@ -309,7 +308,7 @@ class Client:
         leases = {TopicPartition(one.topic_id, one.partition): one.lease for one in await engine.offsets(name, limit)}
         for index, position in zip(wanted, positions, strict=True):
             key = TopicPartition(info.id, index)
-            await seek(engine, wire.Seek(name, *key, secrets.token_hex(12), leases.get(key, 0), position), limit)
+            await seek(engine, name, key, leases.get(key, 0), position, limit)
 
     async def delete_group(self, name: str, *, timeout: float | None = None) -> None:
         """Forget a group's positions. Raises UnknownGroup, and InvalidRequest while it has members."""
@@ -386,17 +385,17 @@ class Client:
         return self._timeout if timeout is None else check_timeout(timeout)
 
 
-async def seek(engine: Engine, request: wire.Seek, timeout: float) -> None:
+async def seek(engine: Engine, group: str, key: TopicPartition, lease: int, to: int, timeout: float) -> None:
     """Compare and swap; with the lease that it has become, if it changed since we looked. Raises BrokerBusy."""
     for _ in range(SEEKS_MAX):
         try:
-            await engine.seek(request, timeout)
+            await engine.seek(group, key, lease, to, timeout)
             return
         except ProducerFenced as race:  # OPEN_RACE
             current = race.details.get("epoch")
             assert isinstance(current, int)
-            request = request._replace(expected_lease=current)
-    raise BrokerBusy(f"group {request.group!r} changes hands all the time")
+            lease = current
+    raise BrokerBusy(f"group {group!r} changes hands all the time")
 
 
 def check_group(name: str) -> None:

@@ -243,9 +243,12 @@ class Engine(Protocol):
     async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
         """Move a group's positions forward, all or none. Raises LeaseLost."""
 
-    async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
-        """Set a group's position in one partition, if its lease is still the expected one. Raises ProducerFenced when
-        it is not, and OutcomeUnknown when it is not and an earlier copy of the request may have been applied."""
+    async def seek(
+        self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""
+    ) -> wire.Sought:
+        """Set a group's position in one partition, if its lease is still this one; `member`: who holds it and goes on
+        holding it. Raises ProducerFenced when it is another, and OutcomeUnknown when it is and an earlier copy of the
+        request may have been applied."""
 
     async def offsets(self, group: str | None, timeout: float) -> list[wire.OffsetEntry]:
         """The stored positions of a group, or of all."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import secrets
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -393,9 +392,8 @@ class GroupConsumer:
         """Set the position of a partition that is held; transactions under way there are not stored."""
         key = leased.reading.key
         assert self._member is not None
-        request = wire.Seek(self.group, *key, secrets.token_hex(12), leased.lease, to, self._member.name)
         try:
-            sought = await self._engine.seek(request, self._timeout)
+            sought = await self._engine.seek(self.group, key, leased.lease, to, self._timeout, self._member.name)
         except ProducerFenced:
             raise _lost(leased) from None
         held = self.held.get(key)

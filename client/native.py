@@ -130,7 +130,7 @@ class NativeEngine(Engine):
 
     async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
         request = wire.Fetch([wire.Range(*one) for one in ranges], bytes_max, round(wait * 1000))
-        reply, payload = await self._connection.ask(request, float("inf"))
+        reply, payload = await self._connection.ask(request, inf)
         parts: list[FetchedPart] = []
         start = 0
         for part in reply.parts:
@@ -183,14 +183,17 @@ class NativeEngine(Engine):
                         raise
                     some = [one for one in some if (one.topic_id, one.partition) != where[0]]
 
-    async def seek(self, request: wire.Seek, timeout: float) -> wire.Sought:
+    async def seek(
+        self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""
+    ) -> wire.Sought:
+        request = _checked(wire.Seek(group, *key, secrets.token_hex(12), lease, to, member))
         connections = self._session.reconnects
         try:
-            reply: wire.Sought = await self._connection.ask(_checked(request), timeout)
+            reply: wire.Sought = await self._connection.ask(request, timeout)
         except ProducerFenced as race:  # OPEN_RACE
             if self._session.reconnects != connections:
                 # An earlier copy may have been applied, and what came after it has hidden that.
-                text = f"group {request.group!r} has moved on since, and whether it was set there before nobody knows"
+                text = f"group {group!r} has moved on since, and whether it was set there before nobody knows"
                 raise OutcomeUnknown(text) from race
             raise
         return reply
