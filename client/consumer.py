@@ -5,7 +5,7 @@ with a group what the broker assigns, and the group's positions (`group.py`). Fe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
@@ -192,7 +192,7 @@ class Subscription:
             assert isinstance(one.delivery, Leased)
             await self._group.seek(one.delivery, position)
 
-    async def batches(self, max_messages: int = 500, max_wait: float = 0.05) -> AsyncIterator[Batch]:
+    async def batches(self, max_messages: int = 500, max_wait: float = 0.05) -> AsyncGenerator[Batch, None]:
         """Messages by the batch: at most `max_messages`, never none. `max_wait` seconds count from the first one."""
         if max_messages < 1 or max_wait < 0:
             raise InvalidRequest("max_messages is at least 1, and max_wait not negative")

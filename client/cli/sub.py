@@ -77,7 +77,7 @@ async def _copy(args: Namespace, mq: Client) -> None:
 
 async def _next(sub: Subscription, size: int, wait_s: float | None) -> Batch | None:
     """The next messages; None: nothing came for so long."""
-    async with aclosing(sub.batches(max_messages=size, max_wait=0.0)) as batches:  # type: ignore[type-var]
+    async with aclosing(sub.batches(max_messages=size, max_wait=0.0)) as batches:
         try:
             async with asyncio.timeout(wait_s):
                 return await anext(batches)
