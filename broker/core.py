@@ -811,7 +811,7 @@ class Core:
             elif start > partition.durable_next:
                 name, end = self._topics[topic_id].name, partition.durable_next
                 return Failed(Code.BAD_REQUEST, f"partition {index} of topic {name!r} ends at {end}, before {start}")
-            begun[OffsetKey(request.group, topic_id, index)] = OffsetRow(start, 0, "", None, 0, 0)
+            begun[OffsetKey(request.group, topic_id, index)] = groups.beginning(start)
         return self._offsets_full(len(begun)) or begun
 
     def _offsets_full(self, wanted: int) -> Failed | None:
@@ -859,8 +859,7 @@ class Core:
         self, name: str, group: ConsumerGroup, member: Member, reported: dict[TopicPartition, wire.Held]
     ) -> wire.Assignment:
         """What is to be changed for a member; what is free and should be its own is granted (rule 14)."""
-        lost = [key for key, held in reported.items() if member.held.get(key) != held.lease]
-        revoked = [key for key in member.releasing if key in reported and not reported[key].releasing]
+        lost, revoked = member.lost(reported), member.revoked(reported)  # before anything is granted
         leases: list[wire.Lease] = []
         bytes_left = PAGE_BYTES_MAX
         for key in member.targets:
@@ -875,7 +874,7 @@ class Core:
             row = self._offset(position)
             if holder is None:
                 if row is None:  # whatever offsets_max says: a group that reads a topic reads all of it
-                    row = OffsetRow(self._partition(*key).earliest, 0, "", None, 0, 0)
+                    row = groups.beginning(self._partition(*key).earliest)
                 row = groups.granted(row, member.name, self._number())
                 self._put_offset(position, row)
                 group.hold(member, key, row.lease)
@@ -928,24 +927,12 @@ class Core:
         held_up = now.mono_ms - self._members_at_ms > self._limits.member_timeout_ms // 2
         for name, group in list(self._groups.items()):
             if held_up:
-                # It was this broker that stood still, and what members said meanwhile is not read yet.
-                for member in group.members.values():
-                    member.seen_ms = now.mono_ms
-                    member.releasing = dict.fromkeys(member.releasing, now.mono_ms + self._limits.release_ms_max)
-            gone = [
-                member
-                for member in group.members.values()
-                if member.seen_ms + self._limits.member_timeout_ms <= now.mono_ms
-            ]
+                group.start_anew(now.mono_ms, now.mono_ms + self._limits.release_ms_max)
+            gone = group.gone(now.mono_ms, self._limits.member_timeout_ms)
             for member in gone:
                 self._end_uncleanly(name, group, member)
                 del group.members[member.name]
-            late = [
-                key
-                for member in group.members.values()
-                for key, until_ms in member.releasing.items()
-                if until_ms <= now.mono_ms
-            ]
+            late = group.late(now.mono_ms)
             for key in late:
                 self._give_back(name, group, key)
             if gone:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
-from idemq.client.wire import Code, Failed, Offset, Seek, TopicPartition
+from idemq.client.wire import Code, Failed, Held, Offset, Seek, TopicPartition
 
 
 class OffsetKey(NamedTuple):
@@ -43,6 +43,11 @@ class OffsetRow(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------- rules of one row
+
+
+def beginning(start: int) -> OffsetRow:
+    """The row of a position that nobody has held yet."""
+    return OffsetRow(start, 0, "", None, 0, 0)
 
 
 def granted(row: OffsetRow, member: str, number: int) -> OffsetRow:
@@ -149,6 +154,14 @@ class Member:
         """Has it reported to this broker, or is it known from the rows alone?"""
         return self.in_hand_max is not None
 
+    def lost(self, reported: Mapping[TopicPartition, Held]) -> list[TopicPartition]:
+        """What it reports and does not hold, or holds under another lease."""
+        return [key for key, held in reported.items() if self.held.get(key) != held.lease]
+
+    def revoked(self, reported: Mapping[TopicPartition, Held]) -> list[TopicPartition]:
+        """What it reports, must give back, and does not say that it knows."""
+        return [key for key in self.releasing if key in reported and not reported[key].releasing]
+
 
 class ConsumerGroup:
     """The members of one group, who holds what, and who should."""
@@ -171,6 +184,20 @@ class ConsumerGroup:
         member = self.holders.pop(key)
         del member.held[key]
         member.releasing.pop(key, None)
+
+    def gone(self, now_ms: int, silence_ms_max: int) -> list[Member]:
+        """Members that were not heard of for so long."""
+        return [member for member in self.members.values() if member.seen_ms + silence_ms_max <= now_ms]
+
+    def late(self, now_ms: int) -> list[TopicPartition]:
+        """What should have been given back by now."""
+        return [key for member in self.members.values() for key, until in member.releasing.items() if until <= now_ms]
+
+    def start_anew(self, now_ms: int, release_until_ms: int) -> None:
+        """All time begins now: it was the broker that stood still, and what members said meanwhile is not read yet."""
+        for member in self.members.values():
+            member.seen_ms = now_ms
+            member.releasing = dict.fromkeys(member.releasing, release_until_ms)
 
     def rebalance(self, partitions: Mapping[int, int], release_until_ms: int) -> None:
         """Decide anew who should hold what; whoever holds another's is to release it. `partitions`: of each topic."""
