@@ -224,3 +224,24 @@ def run(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     wrapper.__dict__.update(test.__dict__)
     wrapper.__wrapped__ = test  # type: ignore[attr-defined]  # pytest reads the arguments there
     return wrapper
+
+
+def messages(
+    values: list[bytes],
+    keys: list[bytes | None] | None = None,
+    *,
+    topic: str = "t",
+    partition: int = 0,
+    offset: int = 0,
+    headers: dict[str, bytes] | None = None,
+    delivery: records.Delivery | None = None,
+    producer: int = 5,
+) -> list[records.Message]:
+    """As a subscription would hand them out, one batch."""
+    count = len(values)
+    header = wire.BatchHeader(0, 1, 0, count, 9, partition, producer, 100, 100 + count - 1, 0)
+    columns: list[dict[str, bytes] | None] | None = None if headers is None else [headers] * count
+    stored = records.StoredBatch(topic, offset, 1_700_000_000_000, b"i" * 16, header, values, keys, columns, None)
+    if delivery is not None:
+        stored.delivery = delivery
+    return list(stored.messages(0, count))
