@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -43,7 +43,7 @@ class Worker:
         )
         return self.sub
 
-    async def copy(self, batch: idemq.Batch) -> None:
+    async def copy(self, batch: Sequence[Message]) -> None:
         """One output for each message, and the position, in one transaction."""
         async with self.producer.transaction(batch) as tx:
             for message in batch:

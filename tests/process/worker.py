@@ -73,8 +73,8 @@ class ToTotals:
                 carrier = (message.key or b"").decode()
                 flights, minutes = totals.get(carrier, (0, 0))
                 totals[carrier] = flights + 1, minutes + int(message.value.split(b",")[1])
-            for carrier in {message.key for message in messages if message.key is not None}:
-                tx.send("totals", b"%d,%d" % totals[carrier.decode()], key=carrier)
+            for key in {message.key for message in messages if message.key is not None}:
+                tx.send("totals", b"%d,%d" % totals[key.decode()], key=key)
             tx.commit_offsets(messages, json.dumps(totals).encode())
         return counted
 
