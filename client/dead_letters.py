@@ -22,7 +22,8 @@ import msgpack
 
 from .errors import ConnectionLost, InvalidRequest, ProtocolMismatch, UnknownProducer
 from .records import Delivery, Message, Record, StoredBatch
-from .wire import COMMIT_BYTES_MAX, TOKEN_BYTES_MAX
+from .retry import DELAY_S_MAX
+from .wire import COMMIT_BYTES_MAX, NUMBER_MAX, PARTITIONS_MAX, TOKEN_BYTES_MAX
 
 if TYPE_CHECKING:
     from .client import Client
@@ -116,9 +117,12 @@ def unpark(copy: Message, lease: int, stored_attempts: int) -> Parked | None:
     try:
         attempts = int(said["attempts"]) + stored_attempts
         partition, offset = int(said["partition"]), int(said["offset"])
-        uid, timestamp, delay_ms = bytes.fromhex(said["uid"]), int(said["timestamp"]), int(said["delay-ms"])
+        uid, timestamp, delay_s = bytes.fromhex(said["uid"]), int(said["timestamp"]), int(said["delay-ms"]) / 1000
         topic, group = said["topic"], said["group"]
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
+        return None
+    places = 0 <= partition < PARTITIONS_MAX and 0 <= offset <= NUMBER_MAX
+    if not places or not 0 <= delay_s <= DELAY_S_MAX:  # anybody may write into the topic
         return None
     incarnation, rest = uid[:16], uid[16:]
     producer_id, seq = (int.from_bytes(rest[:8]), int.from_bytes(rest[8:])) if len(rest) == 16 else (0, 0)
@@ -139,7 +143,7 @@ def unpark(copy: Message, lease: int, stored_attempts: int) -> Parked | None:
     )
     stored.delivery = Delivery(lease, offset, attempts, 0)
     (message,) = stored.messages(0, 1)
-    return Parked(group, attempts, delay_ms / 1000, message)
+    return Parked(group, attempts, delay_s, message)
 
 
 def _origin(message: Message) -> dict[str, str]:

@@ -8,6 +8,7 @@ written there is not written again. The real client lives on an event loop in a 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
@@ -349,7 +350,9 @@ def _in_thread(callback: Callback | None) -> Callback | None:
 
     async def call(partitions: list[tuple[str, int]]) -> None:
         assert callback is not None
-        await asyncio.to_thread(callback, partitions)
+        result = await asyncio.to_thread(callback, partitions)
+        if inspect.isawaitable(result):
+            await result
 
     return None if callback is None else call
 

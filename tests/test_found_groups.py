@@ -327,7 +327,47 @@ async def test_a_coroutine_function_that_calls_the_blocking_client_is_told() -> 
         await asyncio.to_thread(work, b.url)
 
 
+@run
+async def test_a_coroutine_function_is_a_callback_in_blocking_code_too() -> None:
+    called: list[tuple[str, int]] = []
+
+    def work(url: str) -> None:
+        async def assigned(partitions: list[tuple[str, int]]) -> None:
+            called.extend(partitions)
+
+        with idemq.sync.connect(url) as mq, mq.subscribe("in", group="g", on_assigned=assigned):
+            pass
+
+    async with world() as (b, _), asyncio.timeout(10):
+        await asyncio.to_thread(work, b.url)
+    assert called == [("in", 0)]
+
+
 # ------------------------------------------------------------------------------------------------------ dead letters
+
+
+@pytest.mark.parametrize(
+    "forged", [{"delay-ms": b"9" * 400}, {"delay-ms": b"9" * 30}, {"partition": b"-1"}, {"offset": b"9" * 30}]
+)
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_forged_parked_message_is_handled_as_what_it_is(kind: str, forged: dict[str, bytes]) -> None:
+    seen: list[tuple[str, int, bytes]] = []
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        seen.append((message.topic, message.offset, message.uid))
+
+    ours = {"topic": b"in", "partition": b"0", "offset": b"0", "uid": b"00" * 32, "timestamp": b"5", "delay-ms": b"5"}
+    headers = {
+        f"idemq-retry-{name}": text for name, text in {**ours, "attempts": b"1", "group": b"g", **forged}.items()
+    }
+    policy = RetryPolicy(dead_letter="dlq", parking="parking")
+    async with world() as (_, mq):
+        await mq.send("parking", b"", headers=headers)
+        async with mq.subscribe("parking", group="g", retry=policy) as sub, asyncio.timeout(10):
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=IDLE_S)
+        ((topic, offset, _),) = seen
+        assert (topic, offset) == ("parking", 0)
 
 
 @pytest.mark.timeout(20)
