@@ -11,7 +11,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from . import wire
 from .engine import Engine, EngineMember, TopicInfo
@@ -47,7 +47,7 @@ class Leased(Delivery):
         """Transactions and commits under way."""
         self.handed_round = -1
         """When messages were handed out last (see `GroupConsumer.returned`)."""
-        self.state = "held"
+        self.state: Literal["held", "releasing", "gone", "stale"] = "held"
         """held -> releasing -> gone, or at once; stale: its messages are handed out again by another in its place."""
         self.told = False
         """The user was told that it is assigned, and not yet that it no longer is."""

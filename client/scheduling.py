@@ -11,6 +11,7 @@ import heapq
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from math import inf
+from typing import Literal
 
 from .records import Delivery, Message, Record
 
@@ -33,7 +34,7 @@ class Work:
         self.line: _Line | None = line
         """None: nobody wants to know any more how it ends."""
         self.sequence = sequence
-        self.state = "waiting"
+        self.state: Literal["waiting", "running", "finished"] = "waiting"
         """waiting -> running -> finished; running -> waiting, to be tried again."""
         self.attempts = 0
         """Attempts that have failed; whoever handles it counts."""

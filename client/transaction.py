@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Literal
 
 from .engine import EngineProducer
 from .errors import ClientClosed, IdemqError, InvalidRequest, TransactionTooLarge, Unsupported
@@ -33,7 +34,7 @@ class Transaction:
         self._sends: list[tuple[str, Record]] = []
         self._bytes = 0
         self._token: bytes | None = None
-        self._state = "new"
+        self._state: Literal["new", "open", "ended"] = "new"
         if batch is not None:
             self._move(batch, None)
 
