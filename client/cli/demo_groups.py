@@ -8,7 +8,6 @@ Both are judged by what is found in the end, and fail when too little went wrong
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sqlite3
 import sys
@@ -270,8 +269,8 @@ class _Shift:
             if said is None:
                 await self._ended(worker)
                 await self._hire(link)
-            elif said.what != "begun":
-                self._settled(worker, said.what == "refused")
+            elif said is not Said.BEGUN:
+                self._settled(worker, said is Said.REFUSED)
             elif self._due(worker):
                 await self._strike(self._plan.popleft()[1], worker, broker)
 
@@ -342,7 +341,7 @@ class _Shift:
     async def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
         while line := await worker.process.stdout.readline():
-            self._said.put_nowait((worker, Said(**json.loads(line))))
+            self._said.put_nowait((worker, Said(line.decode().strip())))
         self._said.put_nowait((worker, None))
 
     async def _ended(self, worker: _Worker) -> None:

@@ -3,19 +3,17 @@
     python -c 'from idemq.client.cli.worker import main; main()' URL NAME [DATABASE]
 
 It turns each message into another one, and stores those and its position in one transaction. With a DATABASE it writes
-each message there instead, in two ways, and commits its position afterwards. Each line of stdout is a JSON object, see
-`Said`.
+each message there instead, in two ways, and commits its position afterwards. Each line of stdout is a word, see `Said`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
-from typing import NamedTuple
+from enum import StrEnum
 
 from ..client import Client, connect
 from ..consumer import Batch, Subscription
@@ -41,16 +39,17 @@ SCHEMA = """
 """
 
 
-class Said(NamedTuple):
-    """What a worker does. `what`: one of
+class Said(StrEnum):
+    """What a worker does."""
 
-    - begun: it has messages in hand
-    - stored: it stored what came of them, or committed its position behind them
-    - refused: it was not let, since the partition is another member's
-    - failed: it does not know, or nothing was stored; they are handed out again.
-    """
-
-    what: str
+    BEGUN = "begun"
+    """It has messages in hand."""
+    STORED = "stored"
+    """It stored what came of them, or committed its position behind them."""
+    REFUSED = "refused"
+    """It was not let, since the partition is another member's."""
+    FAILED = "failed"
+    """It does not know, or nothing was stored; they are handed out again."""
 
 
 def output(value: bytes) -> bytes:
@@ -77,11 +76,11 @@ async def _transform(mq: Client, sub: Subscription) -> None:
                     for message in batch:
                         tx.send(OUTPUTS, output(message.value), key=message.key)
             except LeaseLost:
-                _say("refused")
+                _say(Said.REFUSED)
             except (TransactionAborted, RetriableError, OutcomeUnknown):
-                _say("failed")
+                _say(Said.FAILED)
             else:
-                _say("stored")
+                _say(Said.STORED)
 
 
 async def _write(sub: Subscription, database: str) -> None:
@@ -99,21 +98,21 @@ async def _write(sub: Subscription, database: str) -> None:
         try:
             await sub.commit(batch)
         except LeaseLost:
-            _say("refused")
+            _say(Said.REFUSED)
         except (RetriableError, OutcomeUnknown):
-            _say("failed")
+            _say(Said.FAILED)
         else:
-            _say("stored")
+            _say(Said.STORED)
 
 
 async def _batches(sub: Subscription) -> AsyncIterator[Batch]:
     async for batch in sub.batches(max_messages=BATCH_MESSAGES, max_wait=0.0):
-        _say("begun")
+        _say(Said.BEGUN)
         yield batch
 
 
-def _say(what: str) -> None:
-    print(json.dumps(Said(what)._asdict()), flush=True)
+def _say(what: Said) -> None:
+    print(what, flush=True)
 
 
 def main() -> None:
