@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import zlib
 from typing import Any
 
+import msgpack
 import pytest
 
 import idemq
@@ -407,3 +409,8 @@ def test_one_dead_letter_that_is_gone_far_behind_those_that_are_left_is_found_at
     again = Gone(1, gone.token())
     assert Place(0, 5_000_000) in again
     assert Place(0, 4_999_999) not in again
+
+
+def test_a_note_of_dead_letters_by_a_newer_client_is_refused() -> None:
+    with pytest.raises(idemq.ProtocolMismatch, match="newer client"):
+        Gone(1, zlib.compress(msgpack.packb((2, 1, []))))
