@@ -70,8 +70,8 @@ class Batch(Sequence[Message]):
 class Subscription:
     """Reads topics. Use it as `async with client.subscribe(TOPIC) as sub`, then `async for message in sub`.
 
-    With a group a message counts as done when the loop comes back for the next one, or when it is committed: a
-    partition that goes to another member is given back then.
+    With a group nothing is committed by reading: `commit`, a transaction, `process` and `run` do that. A partition that
+    goes to another member is given back when the loop comes back for more.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class Subscription:
         HandlerTimeout, and leaves the group, when a thread cannot be stopped; CircuitOpen.
 
         Returns after `stop()`, SIGTERM or SIGINT (where nobody else holds the signal), or when nothing came for
-        `until_idle` seconds and nothing is left to be done.
+        `until_idle` seconds and nothing is left to be done. A member that holds no partition waits for the group.
         """
         await running.run(self, handler, concurrency, until_idle, handler_timeout)
 

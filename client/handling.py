@@ -39,7 +39,7 @@ from .transaction import Transaction
 from .wire import TopicPartition
 
 if TYPE_CHECKING:
-    from .consumer import Subscription
+    from .consumer import Batch, Subscription
 
 Handler = Callable[..., Any]
 """A function (called in a thread) or a coroutine function (called on the loop)."""
@@ -133,6 +133,7 @@ class Handling:
         until_idle: float | None,
         handler_timeout: float,
         in_hand_max: int,
+        given: tuple[str, ...],
     ) -> None:
         if not callable(handler):
             raise InvalidRequest(f"a handler is a function or a coroutine function, not {handler!r}")
@@ -142,6 +143,13 @@ class Handling:
             raise InvalidRequest(f"handler_timeout is a number of seconds above 0, not {handler_timeout!r}")
         self._sub = sub
         self._group: GroupConsumer = sub._grouped("process() and run()")
+        try:
+            inspect.signature(handler).bind(*given)
+        except ValueError:  # a builtin may tell no signature
+            pass
+        except TypeError as error:
+            expected = ", ".join(given)
+            raise InvalidRequest(f"the handler is called with ({expected}): {error}") from None
         self._policy: RetryPolicy | None = sub._retry
         self._breaker = CircuitBreaker(self._policy or RetryPolicy())
         self._handler = handler
@@ -486,6 +494,26 @@ class Handling:
         leased = self._group.held.get(key)
         if leased is not None and leased.state == "held":
             self._sub._reader.pause(leased.reading, False)
+
+    async def _next(self, wanted: int) -> Batch | None:
+        """The next messages. None: stopped, or nothing came for `until_idle` (see `_idle`)."""
+        batch = await self._sub._next(wanted, 0.0, self._until_idle)
+        if batch is None and not self._stopping and not self._group.held and await self._is_behind():
+            self._occupied_at = self._loop.time()  # what others hold may become ours yet: one of them may be dead
+        return batch
+
+    async def _is_behind(self) -> bool:
+        """Is there anything that the group has not come to?"""
+        sub, group = self._sub, self._group
+        ends = {
+            TopicPartition(topic.id, one.index): one.next
+            for topic in await sub._engine.topics(sub._names, sub._timeout)
+            for one in topic.partitions
+        }
+        return any(
+            one.next < ends.get(TopicPartition(one.topic_id, one.partition), 0)
+            for one in await sub._engine.offsets(group.group, sub._timeout)
+        )
 
     def _idle(self) -> bool:
         """Nothing came for a while: is that the end?"""

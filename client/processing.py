@@ -45,7 +45,7 @@ class _Process(Handling):
     def __init__(
         self, sub: Subscription, handler: Handler, until_idle: float | None, handler_timeout: float, max_messages: int
     ) -> None:
-        super().__init__(sub, handler, until_idle, handler_timeout, max_messages)
+        super().__init__(sub, handler, until_idle, handler_timeout, max_messages, ("message", "tx"))
         self._in_hand: set[Leased] = set()
 
     def _busy(self, leased: Leased) -> bool:
@@ -54,7 +54,7 @@ class _Process(Handling):
     async def _handle_all(self) -> None:
         while not self._stopping:
             await self._wait_for_probe()
-            batch = await self._sub._next(1 if self._breaker.is_open else self._in_hand_max, 0.0, self._until_idle)
+            batch = await self._next(1 if self._breaker.is_open else self._in_hand_max)
             if batch is None:
                 if self._stopping or self._idle():
                     return

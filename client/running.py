@@ -40,7 +40,7 @@ class _Run(Handling):
     def __init__(
         self, sub: Subscription, handler: Handler, until_idle: float | None, handler_timeout: float, concurrency: int
     ) -> None:
-        super().__init__(sub, handler, until_idle, handler_timeout, IN_HAND_MAX)
+        super().__init__(sub, handler, until_idle, handler_timeout, IN_HAND_MAX, ("message",))
         self._schedule = Schedule(concurrency)
         self._attempts_due = False
         """A message failed: what the broker knows of attempts at the heads is to be brought up to date."""
@@ -108,7 +108,7 @@ class _Run(Handling):
         outage = self._breaker.is_open and self._schedule.in_hand > 0
         waits = self._ended or self._suspect is not None or outage
         if self._fetching is None and room > 0 and not waits:
-            self._fetching = self._loop.create_task(self._sub._next(room, 0.0, self._until_idle))
+            self._fetching = self._loop.create_task(self._next(room))
             self._fetching.add_done_callback(lambda _: self._changed.set())
 
     def _take_batch(self) -> None:

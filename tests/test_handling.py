@@ -740,7 +740,7 @@ async def test_what_cannot_be_asked_for() -> None:
 
             async def nested(message: Message, tx: Transaction) -> None:
                 with pytest.raises(idemq.InvalidRequest, match="under way"):
-                    await sub.run(copy)
+                    await sub.run(print)
                 with pytest.raises(idemq.InvalidRequest, match="dead-letter topic"):
                     await sub.reject(message)
 
@@ -1244,3 +1244,41 @@ async def test_dead_letters_that_retention_removed_are_gone() -> None:
         assert await left(letters) == [9]
         with pytest.raises(idemq.InvalidRequest, match="no dead letter"):
             await letters.drop([Place(0, 0)])
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_until_idle_waits_for_what_a_dead_member_still_holds(kind: str) -> None:
+    """A worker that is started again right after it was killed is not through because nothing is its own yet."""
+    async with world(messages=20, partitions=2, member_timeout_ms=700) as (b, mq):
+        dead = await idemq.connect(b.url)
+        await dead.subscribe("in", group="g").open()
+        await die(dead)
+        handled: list[int] = []
+
+        async def note(message: Message) -> None:
+            handled.append(number(message))
+
+        async def note_and_copy(message: Message, tx: Transaction) -> None:
+            await note(message)
+
+        async with mq.subscribe("in", group="g") as sub:
+            assert sub.assigned == []
+            if kind == "process":
+                await sub.process(note_and_copy, until_idle=0.2)
+            else:
+                await sub.run(note, until_idle=0.2)
+        assert sorted(handled) == list(range(20))
+
+
+@run
+async def test_a_handler_that_cannot_take_what_it_is_given_is_refused_at_once() -> None:
+    async with world(messages=1) as (_, mq), mq.subscribe("in", group="g", retry=QUICK) as sub:
+
+        def one(message: Message) -> None: ...
+
+        with pytest.raises(idemq.InvalidRequest, match=r"called with \(message, tx\)"):
+            await sub.process(one)
+        with pytest.raises(idemq.InvalidRequest, match=r"called with \(message\)"):
+            await sub.run(copy)
+        assert await read(mq, "dlq") == []

@@ -66,7 +66,7 @@ ROW = ProducerRow(
     7, "näme", 9, "session", 41, b"token", "holder", "address", 1, 2, True, (Takeover(7, 5),),
     (Result(40, 1, ()), Result(41, 2**32 - 1, (Position(5, 6), Position(7, 8)))),
 )  # fmt: skip
-POSITION = OffsetRow(3, 4, "holder", b"metadata", 5, 6, 7, 8, "nonce")
+POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce")
 TOPIC = TopicRow(8, "topic", Settings(1, 2, None, "delete"), (3, 0), "nonce", False)
 BATCH = wire.make_batch(0, 3, 8, 1, 7, 39, 41, b"the body")
 STORED = Stored(8, 1, 11, 1234, 5678, BATCH)
