@@ -275,6 +275,8 @@ class Subscription:
 
     async def close(self) -> None:
         """Stop reading, and leave the group. What is not committed is delivered again, to whoever reads next."""
+        if self._group is not None and self._group.calling is asyncio.current_task():
+            raise InvalidRequest("on_assigned and on_revoked cannot close the subscription, which waits for them")
         self.end()
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])

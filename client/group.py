@@ -184,6 +184,8 @@ class GroupConsumer:
         self._member: EngineMember | None = None
         self._round = 0
         self._callbacks = asyncio.Lock()
+        self.calling: asyncio.Task[Any] | None = None
+        """The task that waits for a callback."""
         self._progress = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._commits: set[asyncio.Task[None]] = set()
@@ -303,7 +305,11 @@ class GroupConsumer:
             if callback is not None and news:
                 result = callback([leased.reading.name for leased in news])
                 if inspect.isawaitable(result):
-                    await result
+                    self.calling = asyncio.current_task()
+                    try:
+                        await result
+                    finally:
+                        self.calling = None
 
     # ------------------------------------------------------------------------------------------ what is in hand
 

@@ -716,3 +716,20 @@ async def test_a_holder_whose_lease_has_passed_on_cannot_seek() -> None:
             await sub.seek("t", 0, 5)
         assert lost.value.partitions == [one.reading.key]
         one.lease += 1
+
+
+@run
+async def test_a_callback_that_closes_its_subscription_is_refused_and_does_not_wait_for_itself() -> None:
+    async with world(partitions=2) as (_, mq):
+
+        async def on_revoked(partitions: list[tuple[str, int]]) -> None:
+            await sub.close()
+
+        sub = mq.subscribe("t", group="g", on_revoked=on_revoked)
+        await sub.open()
+        async with mq.subscribe("t", group="g"):
+            with pytest.raises(idemq.InvalidRequest, match="cannot close"):
+                await take(sub, 1)
+        with pytest.raises(idemq.InvalidRequest, match="cannot close"):
+            await sub.close()
+        await sub.close()
