@@ -37,6 +37,8 @@ MEMBER_TIMEOUT_MS = 600
 BUSY_S_MAX = 5.0
 """Whoever has no batch by then gets none before more is sent."""
 IN_VAIN_MAX = 50
+WAIT_S_MAX = 60.0
+"""What the job waits for comes within this time, or never: then it says how everything stands."""
 FAULTS = testing.Faults(
     cut_replies_per_kb=0.004,
     cut_requests_per_kb=0.002,
@@ -182,30 +184,44 @@ class Job:
 
     async def _taken_from(self, worker: Worker) -> None:
         """The broker gave all that this worker held to the others."""
-        while True:
-            members = (await self.mq.describe_group(worker.stage)).members
-            held = [partition for member in members if member.client != worker.name for partition in member.assigned]
-            if len(held) == PARTITIONS[SOURCES[worker.stage]]:
-                return
-            await asyncio.sleep(0.02)
+        async with self._in_time(f"what {worker.name} held is given to others"):
+            while True:
+                members = (await self.mq.describe_group(worker.stage)).members
+                held = [one for member in members if member.client != worker.name for one in member.assigned]
+                if len(held) == PARTITIONS[SOURCES[worker.stage]]:
+                    return
+                await asyncio.sleep(0.02)
 
     async def _is_refused(self, worker: Worker) -> bool:
         """What becomes of the batch that it had in hand meanwhile."""
         if not worker.in_hand:
             return False  # it was stored just before, and there may be no other batch for it
         refusals, decided = worker.refusals, worker.decided
-        await worker.hear(lambda: worker.decided > decided)
+        async with self._in_time(f"{worker.name} says what became of the batch that it had in hand"):
+            await worker.hear(lambda: worker.decided > decided)
         return worker.refusals > refusals
 
     async def finished(self) -> None:
         """Both groups have done everything."""
         for stage, source in SOURCES.items():
-            while True:
-                behind = sum(one.lag for one in (await self.mq.describe_group(stage)).offsets)
-                if not behind:
-                    break
-                await asyncio.sleep(0.05)
+            async with self._in_time(f"{stage} is through"):
+                while True:
+                    if not any(one.lag for one in (await self.mq.describe_group(stage)).offsets):
+                        break
+                    await asyncio.sleep(0.05)
             assert len((await self.mq.describe_group(stage)).offsets) == PARTITIONS[source]
+
+    @asynccontextmanager
+    async def _in_time(self, what: str) -> AsyncIterator[None]:
+        """What is waited for within this block comes in time, or the test fails and tells how everything stands."""
+        try:
+            async with asyncio.timeout(WAIT_S_MAX):
+                yield
+        except TimeoutError:
+            async with asyncio.timeout(WAIT_S_MAX):
+                groups = [await self.mq.describe_group(stage) for stage in SOURCES]
+            workers = [f"{one.name}: in_hand={one.in_hand} {dict(one.said)}" for one in self.workers]
+            raise AssertionError("\n".join([f"never: {what}", *workers, *map(str, groups)])) from None
 
 
 @asynccontextmanager

@@ -126,6 +126,8 @@ async def work(url: str, name: str, stage: str) -> None:
                     await unknown.outcome(OUTCOME_S)
                 except TransactionAborted as error:
                     say(refused=error.code)
+                else:
+                    say(stored=len(batch))
             except (TransactionAborted, RetriableError) as error:
                 to_totals.refused()
                 say(refused=error.code)
