@@ -55,6 +55,8 @@ from .wire import Code, Failed, crc32
 
 TRANSACTION_BYTES_MAX = wire.COMMIT_BYTES_MAX - wire.APPENDS_MAX * 64
 """What a transaction may hold: a commit's payload but for the fixed headers of its batches."""
+METADATA_BYTES_MAX = wire.HEADER_BYTES_MAX // 2
+"""What all metadata of a transaction may come to: it goes into a frame's header, beside positions and appends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -729,6 +731,10 @@ class Session:
             _check_partition(topic, record)
         if size > TRANSACTION_BYTES_MAX:
             raise TransactionTooLarge(f"a transaction of {size} bytes; at most {TRANSACTION_BYTES_MAX} are allowed")
+        if len(offsets) > wire.APPENDS_MAX:
+            raise TransactionTooLarge(f"a transaction moves at most {wire.APPENDS_MAX} positions, not {len(offsets)}")
+        if sum([len(entry.metadata or b"") for entry in offsets]) > METADATA_BYTES_MAX:
+            raise TransactionTooLarge(f"a transaction stores at most {METADATA_BYTES_MAX} bytes of metadata")
         if not sends and producer.given:
             raise InvalidRequest("a transaction of a producer with given numbers needs a record that carries one")
         producer.close_tail()

@@ -174,10 +174,11 @@ class Script:
         token: bytes | None = None,
         timeout: float = inf,
         seqs: Sequence[int] = (),
+        offsets: Sequence[wire.Offset] = (),
     ) -> int:
         records = [Record(value, seq=seqs[index] if seqs else None) for index, value in enumerate(values)]
         sends = [(TOPIC, record) for record in records]
-        seq = self.session.transact(self.now, producer, sends, [], token, waiter, self.now + timeout)
+        seq = self.session.transact(self.now, producer, sends, offsets, token, waiter, self.now + timeout)
         self.pump()
         return seq
 
@@ -853,6 +854,30 @@ def test_a_refused_transaction_leaves_no_trace() -> None:
         script.transact(producer, "wrong", b"1", b"2", seqs=(0, -5))
     assert (producer.highest, producer.given, len(producer.queue)) == (-1, None, 0)
     assert script.send(producer, "a") == 0
+
+
+def test_a_transaction_of_more_positions_than_a_commit_holds_is_refused_before_it_is_sent() -> None:
+    """The broker could not even read it, and would be sent it again and again."""
+
+    def moved(count: int, metadata: bytes | None) -> list[wire.Offset]:
+        top = wire.NUMBER_MAX
+        name = "g" * wire.NAME_BYTES_MAX
+        return [wire.Offset(name, top - n // 1024, n % 1024, top, top, top, metadata) for n in range(count)]
+
+    script, producer = ready()
+    few = core.METADATA_BYTES_MAX // wire.TOKEN_BYTES_MAX
+    for offsets in (moved(wire.APPENDS_MAX + 1, None), moved(few + 1, b"m" * wire.TOKEN_BYTES_MAX)):
+        with pytest.raises(TransactionTooLarge):
+            script.transact(producer, "too many", offsets=offsets)
+    assert len(producer.queue) == 0
+    most = core.METADATA_BYTES_MAX // wire.APPENDS_MAX
+    script.transact(producer, "most", token=b"t" * wire.TOKEN_BYTES_MAX, offsets=moved(wire.APPENDS_MAX, b"m" * most))
+    [commit] = script.commits
+    top = wire.NUMBER_MAX
+    appends = [wire.Append(top - n, wire.PARTITIONS_MAX - 1, wire.COMMIT_BYTES_MAX) for n in range(wire.APPENDS_MAX)]
+    longest = commit._replace(producer_id=top, epoch=top, prev_seq=top, last_seq=top, appends=appends)
+    wire.check(longest)
+    assert len(wire.encode(wire.NUMBER_MAX, longest)) < wire.HEADER_BYTES_MAX
 
 
 # ------------------------------------------------------------------------------------- topics that are not known yet
