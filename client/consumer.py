@@ -338,7 +338,8 @@ class Subscription:
         with are stored together, effectively once. A transaction holds up to `max_messages` messages.
 
         When a handler fails, what was handled before it is stored; then it is treated alone, as the RetryPolicy says,
-        and what it sent is dropped. Everything else as in `run`.
+        and what it sent is dropped. It has failed, too, when what it sent cannot be stored: no such topic or partition,
+        or too much for one transaction. Everything else as in `run`.
         """
         await processing.process(self, handler, max_messages, until_idle, handler_timeout)
 

@@ -138,12 +138,17 @@ def stored(moved: Iterable[Move]) -> None:
         move.leased.group.progressed()
 
 
-def aborted(moved: Sequence[Move], error: BaseException) -> None:
-    """A transaction that was planned is not stored, or nobody knows: its messages are handed out again."""
+def aborted(moved: Iterable[Move]) -> None:
+    """A transaction that was planned is not stored, or nobody knows: `rewind` follows, or `kept`."""
     for move in moved:
         move.leased.pending -= 1
         move.leased.group.progressed()
-    rewind(moved, error)
+
+
+def kept(moved: Iterable[Move]) -> None:
+    """What was aborted stays in hand, to be stored in another way; nothing else of these partitions is under way."""
+    for move in moved:
+        move.leased.planned = move.leased.committed
 
 
 def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:

@@ -394,7 +394,7 @@ class Handling:
     def _judge(self, message: Message, error: Exception, attempts: int) -> Judged:
         """What becomes of a message that failed for the `attempts`-th time, those before it was parked not counted."""
         policy = self._policy
-        if policy is None or error is self._stuck:
+        if policy is None or self._stuck is not None:
             return Judged(Verdict.RAISE, error, None, attempts)
         shown = self._shown(message) or message
         try:

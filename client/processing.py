@@ -2,7 +2,8 @@
 stored with the positions, in one transaction each.
 
 What each handler sends is kept apart until it has succeeded, so a message that fails takes nothing of the others with
-it: what was handled before it is stored, and it is judged alone.
+it: what was handled before it is stored, and it is judged alone. So is one whose handler succeeded and sent what cannot
+be stored, which shows only then.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .errors import HandlerTimeout, InvalidRequest, OutcomeUnknown, TransactionAborted
-from .group import Leased, moves, rewind
+from .errors import (
+    HandlerTimeout,
+    InvalidRequest,
+    OutcomeUnknown,
+    TransactionAborted,
+    TransactionTooLarge,
+    UnknownTopic,
+)
+from .group import Leased, kept, moves, rewind
 from .handling import FOREVER_S, Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
 from .records import Message
 from .retry import Verdict
-from .session import TRANSACTION_BYTES_MAX
 from .transaction import Transaction
 
 if TYPE_CHECKING:
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 
 TRANSACTION_S = 1.0
 """What was handled is stored after this time, though the batch is not through: a slow handler loses little."""
+REFUSED = (UnknownTopic, InvalidRequest, TransactionTooLarge)
+"""A transaction is refused with these for what it holds."""
 
 
 async def process(
@@ -83,18 +92,23 @@ class _Process(Handling):
     async def _some(self, messages: list[Message]) -> list[Message]:
         """Handle the first of these and store what came of it; returns those that are left."""
         try:
-            handled, judged = await self._handle(messages)
-            await self._store(handled)
-            left = messages[len(handled) :]
-            if judged is None or judged.verdict in (Verdict.DEAD_LETTER, Verdict.PARK):
+            if self._spent(messages[0]):
+                await self._transact([(messages[0], self._sent(self._judge_spent(messages[0])))])
+                return messages[1:]
+            handled, error = await self._handle(messages)
+            left, judged = await self._store(messages, handled)
+            if judged is None and error is not None:
+                judged = await self._failed(left[0], error)
+                left = left if judged is not None else left[1:]
+            if judged is None:
                 return left
             message = left[0]
             if judged.attempts > tried(message):
                 await self._store_attempts(message, judged.attempts)
-        except (TransactionAborted, OutcomeUnknown) as error:
+        except (TransactionAborted, OutcomeUnknown) as aborted:
             # Nothing was stored: all of it again. Unknown is only what ended with its producer, which the broker had
             # forgotten; if it was stored after all, the position says so when it is tried again.
-            rewind(moves(messages), error)
+            rewind(moves(messages), aborted)
             return []
         if judged.verdict is Verdict.RAISE:
             raise self._noted(message, judged.error)
@@ -105,30 +119,15 @@ class _Process(Handling):
         self._hold_back(message, self._policy.delay(judged.attempts, self._rng))
         return [one for one in left if leased_of(one) is not leased_of(message)]
 
-    async def _handle(self, messages: list[Message]) -> tuple[list[tuple[Message, Transaction]], Judged | None]:
-        """Call the handler for message after message. Returns those that are done with, and what becomes of the next
-        if it failed."""
+    async def _handle(self, messages: list[Message]) -> tuple[list[Transaction], Exception | None]:
+        """Call the handler for message after message. Returns what each of the first sent, and the next's error."""
         head = messages[0]
-        if self._spent(head):
-            return [(head, self._sent(self._judge_spent(head)))], None
-        suspect = self._is_suspect(head)
-        if suspect:
+        if self._is_suspect(head):
             await self._write_ahead(head)
-        for place, one in enumerate(messages):
-            if place and self._spent(one):
-                messages = messages[:place]
-                break
-        transactions, error = await (self._on_the_loop(messages) if self._async else self._in_a_thread(messages))
-        handled = list(zip(messages, transactions, strict=False))
-        if handled:
-            self._breaker.succeeded()
-        if error is None:
-            return handled, None
-        failed = messages[len(handled)]
-        judged = self._judge(failed, error, tried(failed) + (0 if suspect else 1))
-        if judged.send is not None:
-            handled.append((failed, self._sent(judged.send)))
-        return handled, judged
+        # One that has failed is handled and stored alone: if that is refused again, nothing behind it was in vain.
+        failed = next((place for place, one in enumerate(messages) if tried(one)), len(messages))
+        some = messages[: max(1, failed)]
+        return await (self._on_the_loop(some) if self._async else self._in_a_thread(some))
 
     async def _on_the_loop(self, messages: Sequence[Message]) -> tuple[list[Transaction], Exception | None]:
         done: list[Transaction] = []
@@ -190,17 +189,50 @@ class _Process(Handling):
         finally:
             tx._end()  # a thread that goes on can send nothing more
 
-    async def _store(self, handled: list[tuple[Message, Transaction]]) -> None:
-        """What was sent, and the positions: as a rule in one transaction, in several when it is too much for one."""
-        start = 0
-        while start < len(handled):
-            end = start
-            with self._storage():
-                async with self._sub._producer().transaction(timeout=FOREVER_S) as whole:
-                    while end < len(handled) and (
-                        end == start or whole._bytes + handled[end][1]._bytes <= TRANSACTION_BYTES_MAX
-                    ):
-                        whole._absorb(handled[end][1])
-                        end += 1
-                    whole.commit_offsets([message for message, _ in handled[start:end]])
-            start = end
+    async def _store(
+        self, messages: list[Message], transactions: list[Transaction]
+    ) -> tuple[list[Message], Judged | None]:
+        """Store what was sent for the first of these messages, and the positions: as a rule in one transaction.
+
+        One that is refused for what it holds is tried again by halves: it was too much for one, or a message is to
+        blame, which then is found alone. Returns those that are left, and what becomes of the first if it is to blame.
+        """
+        handled = list(zip(messages, transactions, strict=False))
+        done, size = 0, len(handled)
+        while done < len(handled):
+            some = handled[done : done + size]
+            try:
+                await self._transact(some)
+            except REFUSED as refused:
+                if len(some) > 1:
+                    size = len(some) // 2
+                    continue
+                judged = await self._failed(messages[done], refused)
+                if judged is not None:
+                    return messages[done:], judged
+            else:
+                self._breaker.succeeded()
+                size *= 2
+            done += len(some)
+        return messages[done:], None
+
+    async def _failed(self, message: Message, error: Exception) -> Judged | None:
+        """What becomes of a message that failed, everything before it being stored; None: it was set aside."""
+        judged = self._judge(message, error, tried(message) + (0 if self._is_suspect(message) else 1))
+        if judged.send is None:
+            return judged
+        await self._transact([(message, self._sent(judged.send))])
+        return None
+
+    async def _transact(self, handled: list[tuple[Message, Transaction]]) -> None:
+        """Store what was sent, and the positions, in one transaction. What it is refused for leaves them in hand."""
+        whole = self._sub._producer().transaction(timeout=FOREVER_S)._begun()
+        for _, tx in handled:
+            whole._absorb(tx)
+        whole.commit_offsets([message for message, _ in handled])
+        with self._storage():
+            try:
+                await whole._store()
+            except REFUSED:
+                kept(whole._moved)
+                raise

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from .engine import EngineProducer
-from .errors import ClientClosed, IdemqError, InvalidRequest, TransactionTooLarge, Unsupported
+from .errors import ClientClosed, InvalidRequest, TransactionTooLarge, Unsupported
 from .group import Move, aborted, moves, plan, rewind, stored
 from .records import RECORD_BYTES, Headers, Message, Receipt, Record, check_record
 from .session import TRANSACTION_BYTES_MAX
@@ -125,20 +125,27 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "ended"
-        moved = [move for move, _ in self._moves]
         if error is not None:
-            rewind(moved, error)
-            return
-        if not (self._sends or self._token is not None or moved):
+            rewind(self._moved, error)
             return
         try:
-            offsets = plan(self._moves)
-        except IdemqError as refused:
-            rewind(moved, refused)
+            await self._store()
+        except BaseException as failed:
+            rewind(self._moved, failed)
             raise
+
+    @property
+    def _moved(self) -> list[Move]:
+        return [move for move, _ in self._moves]
+
+    async def _store(self) -> None:
+        """Store it. What is not stored, `rewind` hands out again."""
+        if not (self._sends or self._token is not None or self._moves):
+            return
+        offsets = plan(self._moves)
         try:
             self.receipts = await self._producer.transact(self._sends, offsets, self._token, self._timeout)
-        except BaseException as failed:
-            aborted(moved, failed)
+        except BaseException:
+            aborted(self._moved)
             raise
-        stored(moved)
+        stored(self._moved)

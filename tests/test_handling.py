@@ -410,6 +410,146 @@ async def test_too_much_for_one_transaction_is_stored_in_several_and_the_largest
             assert [one.value async for one in take(sub, 1)] == [largest]
 
 
+@pytest.mark.parametrize("in_thread", [False, True])
+@run
+async def test_what_cannot_be_stored_is_its_handlers_failure_and_the_others_are_stored(in_thread: bool) -> None:
+    calls: Counter[int] = Counter()
+
+    def plain(message: Message, tx: Transaction) -> None:
+        calls[number(message)] += 1
+        tx.send("out", message.value)
+        if number(message) == 33:
+            tx.send("nowhere", message.value)
+        if number(message) == 67:
+            tx.send("out", message.value, partition=1)
+
+    async def inner(message: Message, tx: Transaction) -> None:
+        plain(message, tx)
+
+    async with world(100) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=QUICK) as sub:
+            await sub.process(plain if in_thread else inner, until_idle=IDLE_S)
+        assert await values(mq) == [n for n in range(100) if n not in (33, 67)]
+        letters = [(number(one), facts(DEAD_LETTER, one.headers)) for one in await read(mq, "dlq")]
+        assert [(n, said["error"].rpartition(".")[2], said["attempts"]) for n, said in letters] == [
+            (33, "UnknownTopic", "3"),
+            (67, "InvalidRequest", "3"),
+        ]
+        assert await positions(mq) == {("in", 0): 100}
+        assert calls[32] == 1
+        assert calls[99] <= 3, "whoever comes behind one of them is handled again once, not with each of its attempts"
+
+
+@run
+async def test_without_a_policy_what_cannot_be_stored_is_raised_and_says_whose_it_was() -> None:
+    async def handler(message: Message, tx: Transaction) -> None:
+        tx.send("nowhere" if number(message) == 6 else "out", message.value)
+
+    async with world(10) as (_, mq), mq.subscribe("in", group="g") as sub:
+        with pytest.raises(idemq.UnknownTopic, match="'nowhere'") as caught:
+            await sub.process(handler)
+        assert caught.value.__notes__ == ["while handling message 6 of partition 0 of 'in'"]
+        assert await values(mq) == list(range(6))
+        assert await positions(mq) == {("in", 0): 6}
+        assert await attempts(mq) == 1
+        await mq.create_topic("nowhere")
+        await sub.process(handler, until_idle=IDLE_S)
+        assert (await values(mq), await values(mq, "nowhere")) == ([0, 1, 2, 3, 4, 5, 7, 8, 9], [6])
+
+
+@run
+async def test_whatever_of_one_message_is_refused_costs_no_other() -> None:
+    async def handler(message: Message, tx: Transaction) -> None:
+        match number(message):
+            case 1:
+                tx.send("no name", b"")
+            case 2:
+                tx.send("gone", b"")  # this client still knows it
+            case 3:
+                for n in range(1025):
+                    tx.send(f"wide{n % 2}", b"", partition=n // 2)
+            case _:
+                tx.send("out", message.value)
+
+    policy = RetryPolicy(max_attempts=1, dead_letter="dlq")
+    async with world(5) as (b, mq):
+        for name in ("wide0", "wide1"):
+            await mq.create_topic(name, partitions=513)
+        await mq.create_topic("gone")
+        await mq.send("gone", b"")
+        async with idemq.connect(b.url) as other:
+            await other.delete_topic("gone")
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            await sub.process(handler, until_idle=IDLE_S)
+        assert await values(mq) == [0, 4]
+        assert await values(mq, "dlq") == [1, 2, 3]
+
+
+@run
+async def test_a_batch_for_more_partitions_than_a_transaction_touches_is_stored_in_several() -> None:
+    calls: Counter[int] = Counter()
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        calls[number(message)] += 1
+        tx.send(f"wide{number(message) % 2}", message.value, partition=number(message) // 2)
+
+    async with world(1100) as (_, mq):
+        for name in ("wide0", "wide1"):
+            await mq.create_topic(name, partitions=550)
+        async with mq.subscribe("in", group="g") as sub:
+            await sub.process(handler, max_messages=1100, until_idle=IDLE_S)
+        assert calls == dict.fromkeys(range(1100), 1)
+        assert sorted(await values(mq, "wide0") + await values(mq, "wide1")) == list(range(1100))
+
+
+@run
+async def test_a_topic_that_is_gone_is_an_outage_and_makes_no_flood_of_dead_letters() -> None:
+    policy = RetryPolicy(
+        max_attempts=1, backoff=0.001, max_backoff=0.01, dead_letter="dlq", circuit_after=3, circuit_s_max=0.1
+    )
+    async with world(20) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        await mq.delete_topic("out")
+        with pytest.raises(idemq.CircuitOpen, match="no topic 'out'"):
+            await sub.process(copy)
+        assert await values(mq, "dlq") == [0, 1]
+        await mq.create_topic("out")
+        await sub.process(copy, until_idle=IDLE_S)
+        assert await values(mq) == list(range(2, 20))
+
+
+@run
+async def test_a_dead_letter_that_cannot_be_stored_ends_the_call() -> None:
+    async def handler(message: Message, tx: Transaction) -> None:
+        if number(message) == 2:
+            await mq.delete_topic("dlq")
+            raise Poison
+
+    policy = RetryPolicy(max_attempts=1, dead_letter="dlq")
+    async with world(4) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        with pytest.raises(idemq.UnknownTopic, match="'dlq'"):
+            await sub.process(handler)
+        assert await positions(mq) == {("in", 0): 2}
+
+
+@run
+async def test_with_a_thread_that_cannot_be_stopped_nothing_more_is_begun_whatever_was_refused() -> None:
+    release, begun = threading.Event(), []
+
+    def handler(message: Message, tx: Transaction) -> None:
+        begun.append(number(message))
+        tx.send("nowhere" if number(message) == 1 else "out", message.value)
+        if number(message) == 3:
+            release.wait(30)
+
+    async with world(5) as (_, mq), mq.subscribe("in", group="g", retry=QUICK) as sub:
+        with pytest.raises(idemq.UnknownTopic):
+            await sub.process(handler, handler_timeout=0.2)
+        release.set()
+        assert begun == [0, 1, 2, 3]
+        assert (await mq.describe_group("g")).members == []
+        assert await values(mq) == [0]
+
+
 async def take(sub: idemq.Subscription, count: int) -> AsyncIterator[Message]:
     async for message in sub:
         yield message
