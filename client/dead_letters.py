@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
 
-from .errors import ConnectionLost, InvalidRequest, ProtocolMismatch, UnknownProducer
+from .errors import ConnectionLost, FatalError, InvalidRequest, ProtocolMismatch, UnknownProducer
 from .records import Delivery, Message, Record, StoredBatch
 from .retry import DELAY_S_MAX
 from .wire import COMMIT_BYTES_MAX, NUMBER_MAX, PARTITIONS_MAX, TOKEN_BYTES_MAX
@@ -269,7 +269,7 @@ class DeadLetters:
     async def left(self, places: Sequence[Place] | None = None) -> AsyncIterator[Message]:
         """The messages (of these places, if given) that were neither requeued nor dropped, in order for each partition.
 
-        Raises UnknownTopic.
+        `origin` tells which of them are dead letters. Raises UnknownTopic.
         """
         info = await self._client.describe_topic(self._topic)
         try:
@@ -282,8 +282,8 @@ class DeadLetters:
     async def requeue(self, places: Sequence[Place] | None = None) -> int:
         """Send messages (None: all that are left) back to where they came from, and take them out of here.
 
-        Returns how many. Raises InvalidRequest when one is not there (any more), or is no dead letter; ProducerFenced
-        when somebody else began the same meanwhile, and what was done until then is done.
+        Returns how many. Raises InvalidRequest when one is not there (any more), NoDeadLetter when one is none;
+        ProducerFenced when somebody else began the same meanwhile. What was done until then is done.
         """
         return await self._take_out(places, True)
 
@@ -301,14 +301,13 @@ class DeadLetters:
                     raise InvalidRequest(f"there is no dead letter {place} in {self._topic!r} (any more)")
             earliest = [one.earliest for one in info.partitions]
             count = size = 0
-            some: list[Message] = []
+            some: list[tuple[Message, Origin]] = []
             async for message in self._read(gone, places):
-                if send:
-                    origin(message)  # raises before anything of its transaction is sent
+                back = origin(message)
                 if size + len(message.value) > TRANSACTION_BYTES_MAX or len(some) == TRANSACTION_MESSAGES_MAX:
                     await _store(producer, gone, earliest, some, send)
                     count, size, some = count + len(some), 0, []
-                some.append(message)
+                some.append((message, back))
                 size += len(message.value) + len(message.key or b"") + sum(map(len, message.headers.values()))
             if some:
                 await _store(producer, gone, earliest, some, send)
@@ -341,12 +340,13 @@ class DeadLetters:
                         yield message
 
 
-async def _store(producer: Producer, gone: Gone, earliest: Sequence[int], messages: list[Message], send: bool) -> None:
+async def _store(
+    producer: Producer, gone: Gone, earliest: Sequence[int], letters: list[tuple[Message, Origin]], send: bool
+) -> None:
     """One transaction: the messages go back, and are noted as gone."""
-    gone.add([Place(one.partition, one.offset) for one in messages], earliest)
+    gone.add([Place(one.partition, one.offset) for one, _ in letters], earliest)
     async with producer.transaction() as tx:
-        for one in messages if send else ():
-            back = origin(one)
+        for one, back in letters if send else ():
             headers = original_headers(DEAD_LETTER, one.headers)
             tx.send(back.topic, one.value, key=one.key, headers=headers, partition=back.partition)
         tx.set_token(gone.token())
@@ -359,11 +359,19 @@ class Origin(NamedTuple):
     partition: int
 
 
+class NoDeadLetter(FatalError):
+    """A message that nobody set aside: anybody may write into a dead-letter topic, or take another topic for one."""
+
+    code = "NO_DEAD_LETTER"
+    remedy = "Check the topic's name."
+
+
 def origin(message: Message) -> Origin:
-    """Raises InvalidRequest for a message that is no dead letter."""
+    """Raises NoDeadLetter."""
     said = facts(DEAD_LETTER, message.headers)
     try:
         return Origin(said["topic"], int(said["partition"]))
     except (KeyError, ValueError):
         place = Place(message.partition, message.offset)
-        raise InvalidRequest(f"message {place} of {message.topic!r} does not say where it came from") from None
+        text = f"message {place} of {message.topic!r} is no dead letter: it does not say where it came from"
+        raise NoDeadLetter(text) from None

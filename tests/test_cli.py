@@ -680,9 +680,15 @@ def test_what_dlq_refuses(broker: Broker, topic: str) -> None:
         assert done.returncode == errors.USAGE
         assert "--all" in done.stderr
     assert "'7' is no PARTITION:OFFSET" in broker.idemq("dlq", "show", topic, "7").stderr
-    done = broker.idemq("dlq", "requeue", topic, "0:0")
-    assert "does not say where it came from" in done.stderr
-    assert broker.json("dlq", "ls", topic)[0]["reason"] is None
+    for argv in (["show", "0:0"], ["requeue", "0:0"], ["drop", "0:0", "--yes"], ["drop", "--all", "--yes"]):
+        done = broker.idemq("dlq", argv[0], topic, *argv[1:])
+        assert (done.returncode, done.stdout) == (errors.FAILURE, "")
+        assert f"message 0:0 of '{topic}' is no dead letter: it does not say where it came from" in done.stderr
+    done = broker.idemq("dlq", "ls", topic, "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+    assert f"Not listed: 1 messages of {topic}" in done.stderr
+    broker.lines("pub", topic, "nor this")
+    assert f"Not listed: 2 messages of {topic}" in in_terminal(broker, "dlq", "ls", topic)[1]
     assert broker.idemq("dlq", "ls", "nix").returncode == errors.FAILURE
 
 

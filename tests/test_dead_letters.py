@@ -9,7 +9,7 @@ import pytest
 
 from idemq import InvalidRequest, Message, Record
 from idemq.client import dead_letters, wire
-from idemq.client.dead_letters import DEAD_LETTER, PARKED, Failure, Gone, Place
+from idemq.client.dead_letters import DEAD_LETTER, PARKED, Failure, Gone, NoDeadLetter, Place
 from idemq.client.records import Delivery
 from tests.support import messages
 
@@ -55,7 +55,7 @@ def test_a_dead_letter_is_the_message_and_says_why() -> None:
         "time": "1234",
     }
     assert dead_letters.origin(letter) == ("t", 2)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(NoDeadLetter):
         dead_letters.origin(original)
 
 

@@ -1328,16 +1328,19 @@ async def test_a_dead_letter_goes_back_once_and_the_others_stay() -> None:
 
 
 @run
-async def test_what_is_no_dead_letter_is_not_requeued_and_takes_nothing_with_it() -> None:
+async def test_what_is_no_dead_letter_is_neither_requeued_nor_dropped_and_takes_nothing_with_it() -> None:
     async with world() as (_, mq):
         letters = await dead_letters_of(mq, 2)
         await mq.send("dlq", b"7")
-        with pytest.raises(idemq.InvalidRequest, match="where it came from"):
-            await letters.requeue()
+        for work in (letters.requeue, letters.drop):
+            for places in (None, [Place(0, 0), Place(0, 2)]):
+                with pytest.raises(dead_letters.NoDeadLetter, match="where it came from"):
+                    await work(places)
         assert await left(letters) == [0, 1, 7]
         assert len(await read(mq, "in")) == 2
-        assert await letters.drop([Place(0, 2)]) == 1
-        assert await letters.requeue() == 2
+        assert await letters.requeue([Place(0, 0)]) == 1
+        assert await letters.drop([Place(0, 1)]) == 1
+        assert await left(letters) == [7]
 
 
 @run

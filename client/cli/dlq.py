@@ -8,12 +8,12 @@ from argparse import ArgumentTypeError, Namespace
 from typing import Any
 
 from ..client import Client
-from ..dead_letters import DEAD_LETTER, DeadLetters, Place, facts, original_headers
+from ..dead_letters import DEAD_LETTER, DeadLetters, NoDeadLetter, Place, facts, origin, original_headers
 from ..records import Message
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, text
 from .errors import OK, USAGE, CommandError
-from .output import emit, moment, number, plain, record, table, text_or_base64
+from .output import emit, moment, number, plain, record, say, table, text_or_base64
 
 _SHOWN = {"time": moment, "offset": number}
 _COLUMNS = ("place", "time", "topic", "partition", "offset", "group", "attempts", "error", "reason")
@@ -36,17 +36,31 @@ def _facts(message: Message) -> dict[str, Any]:
 
 
 def _ls(args: Namespace) -> int:
+    others = 0
+
     async def rows(mq: Client) -> list[list[Any]]:
-        said = [_facts(message) async for message in DeadLetters(mq, args.topic).left()]
-        return [[one.get(column) for column in _COLUMNS] for one in said]
+        nonlocal others
+        found: list[list[Any]] = []
+        async for message in DeadLetters(mq, args.topic).left():
+            try:
+                origin(message)
+            except NoDeadLetter:
+                others += 1
+            else:
+                said = _facts(message)
+                found.append([said.get(column) for column in _COLUMNS])
+        return found
 
     table(args, _COLUMNS, reach.run(args, rows), _SHOWN)
+    if others:
+        say(f"Not listed: {others:,} messages of {args.topic}, which do not say where they came from: no dead letters.")
     return OK
 
 
 def _show(args: Namespace) -> int:
     async def find(mq: Client) -> Message:
         async for message in DeadLetters(mq, args.topic).left([args.place]):
+            origin(message)
             return message
         raise CommandError(f"There is no dead letter {args.place} in {args.topic} (any more): see idemq dlq ls.")
 
