@@ -294,7 +294,8 @@ class Client:
     ) -> None:
         """Set a group's position in a topic (or in one partition of it): an offset, "earliest", "latest" or a time.
 
-        Members go on from there; what they had in hand cannot be committed any more.
+        Members go on from there; what they had in hand cannot be committed any more. A group that is not there yet has
+        its place then, before anybody joins it.
         """
         check_group(name)
         check_start(to)

@@ -1057,10 +1057,30 @@ def test_where_a_group_goes_on_is_set(broker: Broker, topic: str) -> None:
         assert done.returncode == errors.USAGE
         assert says in done.stderr
         assert committed(broker, topic)[0] == 3
-    # A group may be given its place before anybody joins it.
-    assert broker.lines("group", "seek", f"{topic}-new", topic, "--to", "2", "--partition", "0", "--yes") == [
-        f"{topic}\t0\t-\t2"
-    ]
+
+
+def test_a_group_is_given_its_place_before_anybody_joins_it_if_that_is_what_was_meant(
+    broker: Broker, topic: str
+) -> None:
+    broker.lines("pub", topic, input="1\n2\n3\n")
+    broker.lines("topic", "create", f"{topic}-2")
+    broker.lines("sub", topic, "-g", topic, "-n", "1")
+    for group, where, says in (
+        (topic[:-1], topic, f"There is no group {topic[:-1]}: did you mean {topic}? With --create a new one begins"),
+        ("zzz", topic, "There is no group zzz. With --create"),
+        (topic, f"{topic}-2", f"Group {topic} has no position in topic {topic}-2: with --create"),
+        (topic, "nix", "there is no topic 'nix'"),
+    ):
+        done = broker.idemq("group", "seek", group, where, "--to", "latest", "--yes")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (errors.FAILURE, "", 1)
+        assert says in done.stderr
+    seek = ["group", "seek", f"{topic}-new", topic, "--to", "2", "--partition", "0", "--create"]
+    assert f"group {topic}-new, which is new, to 2 in partition 0" in broker.idemq(*seek).stderr
+    assert broker.lines(*seek, "--yes") == [f"{topic}\t0\t-\t2"]
+    assert broker.lines("sub", topic, "-g", f"{topic}-new", "--exit-at-end") == ["3"]
+    for where, before in ((f"{topic}-2", "-"), (topic, "1")):
+        shown = broker.lines("group", "seek", topic, where, "--to", "0", "--create", "--yes")
+        assert shown == [f"{where}\t0\t{before}\t0"]
 
 
 def test_what_moves_or_forgets_a_group_asks_first(broker: Broker, topic: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..client import Client, GroupInfo
 from ..errors import UnknownGroup
 from . import reach
-from .arguments import Command, Parser, add_yes, confirm, index, start, text
+from .arguments import Command, Parser, add_yes, confirm, index, nearest, start, text
 from .errors import OK, CommandError
 from .output import emit, number, record, table, text_or_base64
 
@@ -72,7 +72,7 @@ def _describe(args: Namespace) -> int:
 
 
 def _seek(args: Namespace) -> int:
-    before = reach.run(args, lambda mq: _positions(mq, args))
+    before = reach.run(args, lambda mq: _known_positions(mq, args))
     if not args.yes:
         where = f"topic {args.topic}" if args.partition is None else f"partition {args.partition} of topic {args.topic}"
         to = args.to if isinstance(args.to, str | int) else args.to.isoformat(" ")
@@ -91,6 +91,21 @@ def _seek(args: Namespace) -> int:
     rows = [(args.topic, one, (before or {}).get(one), next) for one, next in after.items()]
     table(args, ("topic", "partition", "before", "next"), rows, _SHOWN)
     return OK
+
+
+async def _known_positions(mq: Client, args: Namespace) -> dict[int, int] | None:
+    """As `_positions`. Raises CommandError for a group that has none in this topic, unless it is to be new there."""
+    await mq.describe_topic(args.topic)
+    try:
+        topics = _topics(await mq.describe_group(args.name))
+    except UnknownGroup:
+        if args.create:
+            return None
+        hint = nearest(args.name, [one.name for one in await mq.groups()]) or "."
+        raise CommandError(f"There is no group {args.name}{hint} With --create a new one begins there.") from None
+    if args.topic not in topics and not args.create:
+        raise CommandError(f"Group {args.name} has no position in topic {args.topic}: with --create it begins there.")
+    return await _positions(mq, args)
 
 
 async def _positions(mq: Client, args: Namespace) -> dict[int, int] | None:
@@ -143,6 +158,7 @@ def _seek_arguments(parser: Parser) -> None:
         help="earliest, latest, an offset, or a time such as 2026-01-31T12:00",
     )
     parser.add_argument("--partition", metavar="N", type=index, help="in this partition only (default: all)")
+    parser.add_argument("--create", action="store_true", help="though the group has no position in the topic yet")
     add_yes(parser)
 
 
