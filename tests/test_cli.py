@@ -5,6 +5,7 @@ Real processes against a real broker, itself started by `idemq serve`. What need
 
 import asyncio
 import base64
+import fcntl
 import io
 import json
 import os
@@ -12,8 +13,10 @@ import pty
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -914,6 +917,18 @@ def test_what_was_not_printed_is_not_committed(broker: Broker, topic: str) -> No
         assert process.stderr is not None
         assert process.stderr.read() == b""
     assert 0 < committed(broker, topic)[0] <= printed < 100_000
+
+
+def test_a_reader_that_ends_leaves_behind_no_more_than_the_pipe_held(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, input="y\n" * 100_000)
+    with unread(broker, "sub", topic, "-g", topic) as (process, output):
+        (printed,) = struct.unpack("i", fcntl.ioctl(output, termios.FIONREAD, bytes(4)))
+        assert os.read(output.fileno(), 6) == b"y\n" * 3
+        output.close()
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait(SECONDS_MAX)) == (b"", 0)
+    assert 0 < 2 * committed(broker, topic)[0] <= printed
+    assert "what its reader leaves there" in " ".join(broker.idemq("sub", "--help").stdout.split())
 
 
 @run

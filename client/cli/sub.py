@@ -1,7 +1,8 @@
 """`idemq sub`: read a topic, values as they are or JSON lines.
 
 Without a group all partitions are read and nothing is stored. With one the group's positions follow what was written
-to stdout, never what was only read: whoever is killed on the way, nothing is missed.
+to stdout, never what was only read: whoever is killed on the way, nothing is missed. What a pipe took counts as
+written: nobody tells us what its reader has read when it ends (`| head`), which may be 64 KiB less.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ def _arguments(parser: Parser) -> None:
         "--group",
         metavar="GROUP",
         type=text,
-        help="share the messages with the group's other members, and remember how far it came: behind what was printed",
+        help="share the messages with the group's other members, and remember how far it came: behind what was printed "
+        "(into a pipe: also what its reader leaves there)",
     )
     parser.add_argument(
         "--from",
