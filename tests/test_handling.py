@@ -1201,6 +1201,20 @@ async def test_an_outage_that_does_not_end_is_raised_with_nothing_lost(kind: str
         assert await attempts(mq) <= 1
 
 
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_failures_with_successes_between_them_are_no_outage(kind: str) -> None:
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        if number(message) % 2:
+            raise Poison
+
+    policy = RetryPolicy(max_attempts=1, dead_letter="dlq", circuit_after=3)
+    async with world(20) as (_, mq):
+        async with mq.subscribe("in", group="g", retry=policy) as sub:
+            await (sub.process if kind == "process" else sub.run)(handler, until_idle=IDLE_S)
+        assert await values(mq, "dlq") == list(range(1, 20, 2))
+
+
 PARKING = RetryPolicy(max_attempts=3, backoff=0.05, max_backoff=0.1, dead_letter="dlq", parking="parking")
 
 
