@@ -291,8 +291,9 @@ class Subscription:
         """Move the group's position behind a message, a batch, messages, or everything handed out (None).
 
         Cumulative for each partition, and forward only. Without `wait` the call returns at once, and what goes wrong
-        is raised when the loop comes back. Raises LeaseLost for partitions that are another member's by now;
-        InvalidRequest while `process` or `run` is under way, which commit by themselves.
+        is raised when the loop comes back. Raises LeaseLost for partitions that are another member's by now, and
+        OffsetConflict for messages that are handed out again, because a transaction of them or of what is before them
+        failed; the others are moved. InvalidRequest while `process` or `run` is under way, which commit by themselves.
         """
         group = self._grouped("commit()")
         if self._handling is not None:  # it would pass what is handed out and not handled

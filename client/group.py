@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from . import wire
 from .engine import Engine, EngineMember, TopicInfo
-from .errors import IdemqError, InvalidRequest, LeaseLost, OffsetConflict, ProducerFenced
+from .errors import IdemqError, InvalidRequest, LeaseLost, OffsetConflict, ProducerFenced, TransactionAborted
 from .membership import Changes
 from .reader import Piece, Reader, Reading
 from .records import Delivery, Message
@@ -118,11 +118,10 @@ def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
     entries: list[wire.Offset] = []
     for move, metadata in moved:
         leased, key = move.leased, move.leased.reading.key
-        if move.first < leased.planned or leased.state == "stale":
-            why = "is handed out again" if leased.state == "stale" else "was committed before"
-            where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
-            text = f"message {move.first} of partition {key.partition} of {leased.reading.topic.name!r} {why}"
-            raise OffsetConflict(text, details={**where, "next": leased.planned})
+        if leased.state == "stale":
+            raise _conflict(move, "is handed out again")
+        if move.first < leased.planned:
+            raise _conflict(move, "was committed before")
         entries.append(wire.Offset(leased.group.group, *key, leased.lease, leased.planned, move.end, metadata))
     for move, _ in moved:
         move.leased.planned = move.end
@@ -339,9 +338,16 @@ class GroupConsumer:
     # ------------------------------------------------------------------------------------------------ positions
 
     async def commit(self, moved: Sequence[Move], timeout: float | None = None) -> None:
-        """Move positions forward without a transaction. Raises LeaseLost for those lost; the others are moved."""
-        wanted = {move.leased: move.end for move in moved if move.end > move.leased.committed}
-        lost: LeaseLost | None = None
+        """Move positions forward without a transaction. Raises LeaseLost for those lost, and OffsetConflict for those
+        that were taken back: they would pass what is handed out again. The others are moved."""
+        wanted: dict[Leased, int] = {}
+        refused: TransactionAborted | None = None
+        for move in moved:
+            if move.end > move.leased.committed:
+                if move.leased.state == "stale":
+                    refused = _conflict(move, "is handed out again")
+                else:
+                    wanted[move.leased] = move.end
         while wanted:
             entries = [
                 wire.Offset(self.group, *leased.reading.key, leased.lease, min(leased.committed, end), end)
@@ -352,7 +358,7 @@ class GroupConsumer:
             try:
                 await self._engine.commit_offsets(entries, self._timeout if timeout is None else timeout)
             except LeaseLost as error:
-                lost = lost or error
+                refused = refused or error
                 still = {one: end for one, end in wanted.items() if not _names(error, one.reading.key)}
                 if len(still) == len(wanted):
                     raise
@@ -365,8 +371,8 @@ class GroupConsumer:
                     leased.pending -= 1
                 self.progressed()
             wanted = still
-        if lost is not None:
-            raise lost
+        if refused is not None:
+            raise refused
 
     def take_back(self, leased: Leased) -> None:
         """What of a partition was handed out and not committed is handed out again."""
@@ -379,10 +385,11 @@ class GroupConsumer:
         self._reader.replace(leased.reading)
 
     def commit_soon(self, moved: Sequence[Move]) -> None:
-        """The same, not waited for: what goes wrong is told when the loop comes back, a lost lease by `on_revoked`."""
+        """The same, not waited for: what goes wrong is told when the loop comes back; a lost lease by `on_revoked`, and
+        what is handed out again by coming again."""
 
         async def committing() -> None:
-            with suppress(LeaseLost):
+            with suppress(TransactionAborted):
                 await self.commit(moved)
 
         task = asyncio.get_running_loop().create_task(self._run(committing))
@@ -421,6 +428,14 @@ def _lost(leased: Leased) -> LeaseLost:
     key = leased.reading.key
     where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
     return LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost", details=where)
+
+
+def _conflict(move: Move, why: str) -> OffsetConflict:
+    leased, key = move.leased, move.leased.reading.key
+    where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+    text = f"message {move.first} of partition {key.partition} of {leased.reading.topic.name!r} {why}"
+    # Not where it is once what is under way is stored: that may fail.
+    return OffsetConflict(text, details={**where, "next": leased.committed})
 
 
 def _names(error: IdemqError, key: TopicPartition) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import idemq
 from idemq import Record
 from idemq.client import wire
+from idemq.testing import Link
 
 from .support import Broker, broker, eventually, read, run
 
@@ -258,6 +259,60 @@ async def test_commits_that_pass_each_other_leave_the_highest_position() -> None
             async with p.transaction(messages[8:]):
                 raise ZeroDivisionError
         assert values(await take(sub, 2)) == [8, 9]
+
+
+@run
+async def test_a_commit_does_not_pass_what_a_failed_transaction_has_handed_out_again() -> None:
+    async with world(partitions=2, messages=40) as (_, mq), mq.producer("p") as p, mq.subscribe("t", group="g") as sub:
+        messages = await take(sub, 40)
+        failing, behind, other = messages[:10], messages[10:20], messages[20:]
+        assert {one.partition for one in failing + behind}.isdisjoint({one.partition for one in other})
+        with pytest.raises(ZeroDivisionError):
+            async with p.transaction(failing):
+                raise ZeroDivisionError
+        with pytest.raises(idemq.OffsetConflict, match=r"message 10 .* handed out again") as refused:
+            await sub.commit(behind + other)
+        assert refused.value.expected == 0
+        mine, others = failing[0].partition, other[0].partition
+        assert await positions(mq) == {("t", mine): 0, ("t", others): 20}
+        await sub.commit(behind, wait=False)
+        await asyncio.sleep(0)
+        again = await take(sub, 20)
+        assert [one.offset for one in again] == list(range(20))
+        async with p.transaction(again):
+            pass
+        await sub.commit(other)  # forward only: there is nothing to be said
+        assert await positions(mq) == {("t", 0): 20, ("t", 1): 20}
+
+
+@run
+async def test_a_second_run_while_the_first_is_under_way_takes_nothing_for_stored() -> None:
+    """The first may fail, and then all of it is handed out again."""
+    async with (
+        world(messages=10) as (b, mq),
+        Link("127.0.0.1", b.port) as link,
+        idemq.connect(link.url) as mine,
+        mine.producer("p") as p,
+        mine.subscribe("t", group="g") as sub,
+    ):
+        messages = await take(sub, 10)
+        await p.send("u", b"known")
+        await mq.delete_topic("u")
+        link.stall()
+
+        async def store(some: list[idemq.Message]) -> None:
+            async with p.transaction(some) as tx:
+                tx.send("u", b"")
+
+        first = asyncio.create_task(store(messages[:5]))
+        await asyncio.sleep(0)
+        with pytest.raises(idemq.OffsetConflict, match="was committed before") as refused:
+            await store(messages[2:])
+        assert refused.value.expected == 0
+        link.resume()
+        with pytest.raises(idemq.UnknownTopic):
+            await first
+        assert values(await take(sub, 10)) == list(range(10))
 
 
 # ------------------------------------------------------------------------------------------------------ membership
