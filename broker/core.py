@@ -322,7 +322,7 @@ class Core:
         connection.closed = True
         self._connection_count -= 1
         for waiter in list(connection.parked):
-            self._answer_waiter(waiter)
+            self._forget_waiter(waiter)
         self._connections.pop(connection.serial, None)
         if connection.session:
             newest, still_open = self._sessions.pop(connection.session)
@@ -1151,6 +1151,9 @@ class Core:
     def _fetch(
         self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes
     ) -> Read | Failed | None:
+        for waiter in [one for one in connection.parked if request.reader and one.request.reader == request.reader]:
+            self._forget_waiter(waiter)
+            self._release(Reply(connection, waiter.correlation, wire.Fetched([])))
         read = self._look(connection, correlation, request)
         if request.wait_ms == 0 or read.parts or any(one.offset < one.next for one in read.ranges):
             return read
@@ -1192,6 +1195,12 @@ class Core:
         return outputs
 
     def _answer_waiter(self, waiter: _Waiter) -> list[Output]:
+        request = self._forget_waiter(waiter)
+        if waiter.connection.closed:
+            return []
+        return [self._look(waiter.connection, waiter.correlation, request)]
+
+    def _forget_waiter(self, waiter: _Waiter) -> wire.Fetch:
         waiter.done = True
         del waiter.connection.parked[waiter]
         request, waiter.request = waiter.request, _ANSWERED  # its deadline may be far, and a request large
@@ -1201,9 +1210,7 @@ class Core:
                 waiting.remove(waiter)
                 if not waiting:
                     del self._waiters[topic_id, partition]
-        if waiter.connection.closed:
-            return []
-        return [self._look(waiter.connection, waiter.correlation, request)]
+        return request
 
     def _offset_at(
         self, now: Now, connection: Connection, correlation: int, request: wire.OffsetAt, payload: bytes

@@ -225,9 +225,12 @@ class Engine(Protocol):
     async def delete_producer(self, name: str, timeout: float) -> None:
         """Forget a producer's name, numbers and token."""
 
-    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
+    async def fetch(
+        self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float, reader: int
+    ) -> list[FetchedPart]:
         """Batches from (topic id, partition, offset) on; waits for the first for `wait` seconds, and for a connection
-        for as long as it takes."""
+        for as long as it takes. `reader`: who asks, above 0; whoever asks again waits for what he asked before no more.
+        """
 
     async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int:
         """The first offset stored at or after this time."""

@@ -128,8 +128,10 @@ class NativeEngine(Engine):
             raise UnknownProducer(f"there is no producer {name!r}")
         await self._connection.ask(wire.DeleteProducer(known[0].id, known[0].epoch), timeout)
 
-    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
-        request = wire.Fetch([wire.Range(*one) for one in ranges], bytes_max, round(wait * 1000))
+    async def fetch(
+        self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float, reader: int
+    ) -> list[FetchedPart]:
+        request = wire.Fetch([wire.Range(*one) for one in ranges], bytes_max, round(wait * 1000), reader)
         reply, payload = await self._connection.ask(request, inf)
         parts: list[FetchedPart] = []
         start = 0

@@ -7,6 +7,7 @@ business (`consumer.py`); groups and leases are not known here.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -25,6 +26,8 @@ FETCH_WAIT_S = 5.0
 """How long the broker keeps a fetch that finds nothing."""
 FETCH_TURN_WAIT_S = 0.1
 """The same where one fetch cannot ask for all partitions, so that they take turns."""
+
+_NUMBERS = itertools.count(1)
 
 Piece = tuple[StoredBatch, int, int]
 """Some messages of one batch: it, the first index, behind the last."""
@@ -67,6 +70,7 @@ class Reader:
         self.ready: deque[Reading] = deque()
         """Those with something to hand out, in turn."""
         self._engine = engine
+        self._number = next(_NUMBERS)
         self._on_truncated = on_truncated
         self._prefetch_bytes = prefetch_bytes
         self._buffered_bytes = 0
@@ -237,7 +241,7 @@ class Reader:
     def _fetch_again(self) -> None:
         """Start fetching from the positions as they are now; a fetch that waits for older ones is dropped.
 
-        Not where only less is to be read: what the others wait for is under way, and the broker keeps a dropped fetch.
+        Not where only less is to be read: what the others wait for is under way.
         """
         if self._fetching is not None:
             self._fetching.cancel()
@@ -260,7 +264,7 @@ class Reader:
                 ranges = [(*one.key, one.position) for one in ranked]
                 bytes_max = min(FETCH_BYTES_MAX, FETCH_BYTES, max(1, self._prefetch_bytes - self._buffered_bytes))
                 wait = FETCH_WAIT_S if len(ranked) == len(wanted) else FETCH_TURN_WAIT_S
-                parts = await self._engine.fetch(ranges, bytes_max, wait)
+                parts = await self._engine.fetch(ranges, bytes_max, wait, self._number)
                 found = [(self.readings.get(TopicPartition(part.topic_id, part.partition)), part) for part in parts]
                 arrived = [(one, part) for one, part in found if one is not None and not one.paused]
                 for one, part in arrived:

@@ -514,6 +514,9 @@ class Fetch(NamedTuple):
     ranges: Annotated[list[Range], _Items(APPENDS_MAX)]
     bytes_max: Annotated[int, _Range(1, FETCH_BYTES_MAX)]
     wait_ms: Annotated[int, _Range(0, WAIT_MS_MAX)]
+    reader: Count = 0
+    """Which reader of this connection asks: one of its fetches that still waits is answered at once, with nothing.
+    0: none takes another's place."""
 
 
 class BatchAt(NamedTuple):

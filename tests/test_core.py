@@ -6,7 +6,7 @@ from idemq.broker.core import Read, Space
 from idemq.client import wire
 from idemq.client.wire import Code
 
-from .support import CoreBroker
+from .support import CoreBroker, commit
 
 
 def test_a_reader_is_told_of_a_deletion_when_it_is_durable() -> None:
@@ -26,6 +26,30 @@ def test_a_reader_is_told_of_a_deletion_when_it_is_durable() -> None:
     broker.make_durable(group)
     read = broker.step(connection, fetch)
     assert [part.code for part in read.parts] == [Code.UNKNOWN_TOPIC]
+
+
+def test_a_readers_newer_fetch_takes_the_place_of_the_one_that_waits() -> None:
+    broker = CoreBroker(fetches_max=2)
+    mine, other = broker.connect(), broker.connect()
+    topic_id = broker.topic(mine)
+    fetch = wire.Fetch([wire.Range(topic_id, 0, 0)], 1000, 60_000, 7)
+    first = broker.number + 1
+    for connection, reader in ((mine, 7), (mine, 0), (other, 7), (mine, 7)):
+        assert broker.step(connection, fetch._replace(reader=reader)) is None
+    group = broker.begin()
+    assert [(one.connection, one.correlation, one.message) for one in group.replies] == [
+        (mine, first, wire.Fetched([])),
+    ]
+    broker.make_durable(group)
+    for reader in (0, 8):
+        assert broker.step(mine, fetch._replace(reader=reader)).message.code == Code.BUSY
+    broker.step(mine, *commit(None, -1, 0, (topic_id, 0, 0)))
+    woken = broker.core.committed(broker.store.commit(broker.begin()))
+    assert [(one.connection, one.correlation) for one in woken if isinstance(one, Read)] == [
+        (mine, first + 1),
+        (other, first + 2),
+        (mine, first + 3),
+    ]
 
 
 def test_space_that_was_freed_from_outside_is_noticed_without_a_write() -> None:

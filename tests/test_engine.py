@@ -77,7 +77,9 @@ class ListEngine:
     async def delete_producer(self, name: str, timeout: float) -> None:
         del self._names[name]
 
-    async def fetch(self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float) -> list[FetchedPart]:
+    async def fetch(
+        self, ranges: Sequence[tuple[int, int, int]], bytes_max: int, wait: float, reader: int
+    ) -> list[FetchedPart]:
         await asyncio.sleep(0)
         parts = []
         for topic_id, partition, offset in ranges:

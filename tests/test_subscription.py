@@ -632,7 +632,7 @@ async def test_a_paused_partition_hands_out_nothing_and_stays() -> None:
 
 @run
 async def test_a_pause_holds_up_no_other_partition() -> None:
-    # A broker keeps a fetch that was dropped, and only so many of a connection's.
+    # The fetch for the others goes on, and no second one is asked for.
     async with world(partitions=4, fetches_max=1) as (_, mq), mq.subscribe("t") as sub:
         messages = aiter(sub)
         for index in range(3):
@@ -652,6 +652,23 @@ async def test_a_pause_holds_up_no_other_partition() -> None:
         for index in range(4):
             await sub.resume("t", index)
         assert {message.partition for message in await take(sub, 4)} == {0, 1, 2, 3}
+
+
+@run
+async def test_however_often_reading_begins_elsewhere_one_fetch_of_each_subscription_waits() -> None:
+    async with (
+        world(partitions=2, fetches_max=2) as (b, mq),
+        mq.subscribe("t") as one,
+        mq.subscribe("t") as two,
+    ):
+        for _ in range(10):
+            for sub in (one, two):
+                await sub.pause("t", 1)
+                await sub.resume("t", 1)
+                await mq.ping()  # the fetch is at the broker
+        assert b.server.counts.refusals == {}
+        await mq.send("t", b"1", partition=1)
+        assert (values(await take(one, 1)), values(await take(two, 1))) == ([1], [1])
 
 
 @run
