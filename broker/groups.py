@@ -7,6 +7,8 @@ it is the lease, compared and swapped with the position, that keeps a zombie out
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
@@ -219,9 +221,13 @@ def assigned(
     """Who should hold what: each partition has one member that wants its topic, the loads of members that want the
     same differ by one at most, and few partitions move (sticky). The same input always gives the same answer.
     """
-    balance = _Balance(subscribed, partitions)
+    balance = _Balance(subscribed)
     free: list[TopicPartition] = []
-    for topic_id in balance.takers:
+    takers: Counter[int] = Counter()
+    for topics in subscribed.values():
+        takers.update(topics)
+    # Topics that few want come first: what many want evens out what these leave uneven.
+    for topic_id in sorted(takers.keys() & partitions.keys(), key=lambda topic_id: (takers[topic_id], topic_id)):
         for index in range(partitions[topic_id]):
             key = TopicPartition(topic_id, index)
             holder = held.get(key)
@@ -236,25 +242,16 @@ def assigned(
 
 
 class _Balance:
-    """Loads while partitions are handed out. A heap's entry counts while it says the load that the member has."""
+    """Loads while partitions are handed out. Whoever is to get one is looked for among the members in order of their
+    loads: where all want much the same, as members of a group do, one of the first does."""
 
-    def __init__(self, subscribed: Mapping[str, frozenset[int]], partitions: Mapping[int, int]) -> None:
-        members = sorted(subscribed)
-        self.own: dict[str, dict[int, list[TopicPartition]]] = {member: {} for member in members}
-        self.takers: dict[int, list[tuple[int, str]]] = {}
-        """Topic -> heap of (load, member) of those that want it; topics that the same members want share theirs."""
-        self._load = dict.fromkeys(members, 0)
-        self._heaps: dict[str, list[list[tuple[int, str]]]] = {member: [] for member in members}
-        """The heaps that a member is in."""
-        shared: dict[tuple[str, ...], list[tuple[int, str]]] = {}
-        for topic_id in sorted(partitions):
-            wanting = tuple([member for member in members if topic_id in subscribed[member]])
-            if wanting and wanting not in shared:
-                shared[wanting] = [(0, member) for member in wanting]
-                for member in wanting:
-                    self._heaps[member].append(shared[wanting])
-            if wanting:
-                self.takers[topic_id] = shared[wanting]
+    def __init__(self, subscribed: Mapping[str, frozenset[int]]) -> None:
+        self.own: dict[str, dict[int, list[TopicPartition]]] = {member: {} for member in sorted(subscribed)}
+        """Of each member, its partitions by topic; none is empty."""
+        self._subscribed = subscribed
+        self._load = dict.fromkeys(self.own, 0)
+        self._order = [(0, member) for member in self.own]
+        """(load, member), the least first."""
 
     def give(self, member: str, key: TopicPartition) -> None:
         """The member gets this partition."""
@@ -263,42 +260,48 @@ class _Balance:
 
     def least(self, topic_id: int) -> str:
         """Who has least of those that want this topic."""
-        heap = self.takers[topic_id]
-        while heap[0][0] != self._load[heap[0][1]]:
-            heappop(heap)
-        return heap[0][1]
+        return next(member for _, member in self._order if topic_id in self._subscribed[member])
 
     def even_out(self) -> None:
         """Move partitions from who has most to who has least, while that makes loads more even."""
-        givers = [(-load, member) for member, load in self._load.items()]
+        givers = [(-load, member) for load, member in self._order]
         heapify(givers)
-        stuck: list[tuple[int, str]] = []
+        stuck: dict[str, None] = {}
         while givers:
             load, giver = heappop(givers)
             if -load != self._load[giver]:
                 continue
             taker = self._move(giver)
             if taker is None:
-                stuck.append((load, giver))
+                stuck[giver] = None
                 continue
-            # Who could give nothing may be able to now, to these two.
-            for member in (giver, taker):
+            # Who could give nothing may be able to now: the taker has more to give, and the giver takes again.
+            for member in (giver, taker, *[one for one in stuck if self._may_take(giver, one)]):
+                stuck.pop(member, None)
                 heappush(givers, (-self._load[member], member))
-            for entry in stuck:
-                heappush(givers, entry)
-            stuck = []
 
     def _move(self, giver: str) -> str | None:
-        for topic_id, keys in self.own[giver].items():
-            if keys:
-                taker = self.least(topic_id)
-                if self._load[giver] - self._load[taker] >= 2:
-                    self._changed(giver, -1)
-                    self.give(taker, keys.pop())
-                    return taker
+        own = self.own[giver]
+        for _, taker in self._order:
+            if self._load[giver] - self._load[taker] < 2:
+                break  # whoever follows has no less
+            if self._may_take(taker, giver):
+                topic_id = next(one for one in own if one in self._subscribed[taker])
+                key = own[topic_id].pop()
+                if not own[topic_id]:
+                    del own[topic_id]
+                self._changed(giver, -1)
+                self.give(taker, key)
+                return taker
         return None
 
+    def _may_take(self, taker: str, giver: str) -> bool:
+        """Does it make loads more even if one of the giver's partitions goes to the taker?"""
+        uneven = self._load[giver] - self._load[taker] >= 2
+        return uneven and not self._subscribed[taker].isdisjoint(self.own[giver])
+
     def _changed(self, member: str, by: int) -> None:
-        self._load[member] += by
-        for heap in self._heaps[member]:
-            heappush(heap, (self._load[member], member))
+        load = self._load[member]
+        del self._order[bisect_left(self._order, (load, member))]
+        self._load[member] = load + by
+        insort(self._order, (load + by, member))

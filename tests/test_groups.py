@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from random import Random
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -1321,3 +1324,50 @@ def test_no_more_partitions_move_than_must(members: int, partitions: Topics, joi
         assert len(moved) == count // (members + 1)
     else:
         assert len(moved) == (0 if members == 1 else sum(1 for member in holders.values() if member == "m0"))
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """How many functions are called on the way."""
+    count = 0
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+CALLS_MAX = 20
+"""Of a partition and rebalance. The broker does nothing else meanwhile."""
+
+
+@pytest.mark.parametrize(("members", "share"), [(300, 1.0), (50, 0.5), (50, 0.1)])
+def test_members_that_want_unlike_topics_take_no_more_work_than_those_that_want_the_same(
+    members: int, share: float
+) -> None:
+    rng = Random(7)
+    partitions = dict.fromkeys(range(300), 8)
+    subscribed = {f"m{n}": frozenset(one for one in partitions if rng.random() < share) for n in range(members)}
+    assert calls_of(lambda: groups.assigned(subscribed, partitions, {})) < CALLS_MAX * sum(partitions.values())
+
+
+def test_who_can_give_nothing_is_not_asked_again_and_again() -> None:
+    partitions = dict.fromkeys(range(120), 8)
+    members = [(f"m{n:02}", frozenset(range(2 * n + 2))) for n in range(60)]
+    targets = groups.assigned(dict(members), partitions, {})
+    assert {len(keys) for keys in targets.values()} == {16}, "first of all what only few want has its place"
+    Random(1).shuffle(members)
+
+    def one_after_the_other() -> None:
+        present: dict[str, frozenset[int]] = {}
+        held: dict[TopicPartition, str] = {}
+        for member, wanted in members:
+            present[member] = wanted
+            held = by_partition(groups.assigned(present, partitions, held))
+
+    assert calls_of(one_after_the_other) < CALLS_MAX * sum(partitions.values()) * len(members)
