@@ -15,7 +15,7 @@ import lmdb
 import idemq
 from idemq import Client, Record
 from idemq.client import records, wire
-from idemq.client.client import BATCH_BYTES
+from idemq.client.engine import BATCH_BYTES
 
 from .measure import Sample, Spread, Stopwatch, anonymous_mb, broker, directory_mb, metric, spread
 

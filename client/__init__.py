@@ -1,7 +1,7 @@
 """The client library: what `import idemq` offers. Knows nothing of the broker's inside."""
 
 from .client import Client, GroupInfo, GroupOffset, MemberInfo, connect
-from .consumer import Batch, Subscription
+from .consumer import Subscription
 from .engine import PartitionInfo, ProducerInfo, TopicInfo
 from .errors import (
     AuthError,
@@ -39,6 +39,7 @@ from .errors import (
 from .producer import Producer
 from .records import Message, Receipt, Record, SendSummary
 from .retry import RetryPolicy
+from .source import Batch
 from .transaction import Transaction
 
 __all__ = [

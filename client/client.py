@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from . import wire
 from .connection import Address, find_token
-from .consumer import PREFETCH_BYTES, Start, Subscription, check_start, place
-from .engine import Engine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
+from .consumer import PREFETCH_BYTES, Subscription
+from .engine import BATCH_BYTES, Engine, ProducerInfo, ProducerOptions, TopicInfo, TopicSettings
 from .errors import (
     BrokerBusy,
     ClientClosed,
@@ -32,11 +32,10 @@ from .native import NativeEngine
 from .producer import Producer, check_timeout, leave
 from .records import Headers, Receipt
 from .retry import RetryPolicy
+from .source import Source, Start, check_start, place
 from .wire import TopicPartition
 
 DEFAULT_URL = "idemq://localhost:7750"
-BATCH_BYTES = 256 << 10
-"""A batch is closed when it holds as much; one larger record makes a batch of its own."""
 
 Duration = str | float | timedelta
 """Seconds, a timedelta, or text such as "250ms", "90s", "15m", "24h", "7d"."""
@@ -98,7 +97,7 @@ class Client:
         self._engine = engine
         self._timeout = timeout
         self._producers: list[Producer] = []
-        self._subscriptions: list[Subscription] = []
+        self._sources: list[Source] = []
         self._default: Producer | None = None
         self._closed = False
 
@@ -188,7 +187,7 @@ class Client:
         self._check_open()
         if group is not None:
             check_group(group)
-        subscription = Subscription(
+        source = Source(
             self._engine,
             topics,
             start,
@@ -199,11 +198,10 @@ class Client:
             on_assigned,
             on_revoked,
             retry,
-            self.producer,
         )
-        self._subscriptions = [one for one in self._subscriptions if not one._closed]
-        self._subscriptions.append(subscription)
-        return subscription
+        self._sources = [one for one in self._sources if not one.closed]
+        self._sources.append(source)
+        return Subscription(source)
 
     # -------------------------------------------------------------------------------------------------- topics
 
@@ -352,11 +350,11 @@ class Client:
             return
         limit = self._limit(timeout)
         self._closed = True
-        for subscription in self._subscriptions:
-            subscription.end()
+        for source in self._sources:
+            source.end()
         try:
             # All at once: the time is for all of them together.
-            closing = [one.close() for one in self._subscriptions] + [one.close(limit) for one in self._producers]
+            closing = [one.close() for one in self._sources] + [one.close(limit) for one in self._producers]
             results = await asyncio.gather(*closing, return_exceptions=True)
         finally:
             await self._engine.close()

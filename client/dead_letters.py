@@ -13,6 +13,7 @@ thousands of offsets behind the oldest that is left, and a refusal beyond.
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -329,11 +330,20 @@ class DeadLetters:
                 else:
                     await sub.pause(topic, index)
                     del ends[topic, index]
-            while any(sub.positions()[where] < end for where, end in ends.items()):
-                batch = await sub._next(TRANSACTION_MESSAGES_MAX, 0.0, self._client._timeout)
-                if batch is None and any(sub.positions()[where] < end for where, end in ends.items()):
-                    raise ConnectionLost(f"messages of {self._topic!r} that the broker has do not come")
-                for message in batch or ():
+
+            def is_through() -> bool:
+                return all(sub.positions()[where] >= end for where, end in ends.items())
+
+            batches = sub.batches(TRANSACTION_MESSAGES_MAX, 0.0)
+            while not is_through():
+                try:
+                    async with asyncio.timeout(self._client._timeout):
+                        batch = await anext(batches)
+                except TimeoutError:
+                    if is_through():  # what was left is gone meanwhile
+                        break
+                    raise ConnectionLost(f"messages of {self._topic!r} that the broker has do not come") from None
+                for message in batch:
                     place = Place(message.partition, message.offset)
                     left = place.offset < ends[message.topic, place.partition] and place not in gone
                     if left and (wanted is None or place in wanted):

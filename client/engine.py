@@ -1,6 +1,6 @@
 """What a client needs of an engine, and the values that pass between them.
 
-The seam for a second engine (Kafka, later): `client.py`, `producer.py`, `transaction.py`, `consumer.py` and what they
+The seam for a second engine (Kafka, later): `client.py`, `producer.py`, `transaction.py`, `source.py` and what they
 are made of speak to these protocols only; idemq's own broker is `native.py`. What an engine cannot do raises
 Unsupported when the object is opened, never later. Lengths of time are seconds here, points in time ms since 1970 (the
 wire's unit).
@@ -80,14 +80,18 @@ class FetchedPart(NamedTuple):
     text: str
 
 
+BATCH_BYTES = 256 << 10
+"""A batch is closed when it holds as much; one larger record makes a batch of its own."""
+
+
 class ProducerOptions(NamedTuple):
     """How a producer works; `linger` is seconds."""
 
-    dedup: bool
-    linger: float
-    batch_bytes: int
-    in_flight: int
-    compression: str | None
+    dedup: bool = True
+    linger: float = 0.0
+    batch_bytes: int = BATCH_BYTES
+    in_flight: int = wire.IN_FLIGHT_MAX
+    compression: str | None = None
 
 
 class EngineProducer(Protocol):

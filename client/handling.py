@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import dead_letters
 from .errors import (
@@ -34,12 +34,10 @@ from .group import GroupConsumer, Leased, rewind
 from .records import Message
 from .retry import CircuitBreaker, RetryPolicy, Verdict
 from .scheduling import Send
+from .source import Batch, Source
 from .threads import Outcome, Threads, stopped_by_signals
-from .transaction import Transaction
+from .transaction import Buffer, Transaction
 from .wire import TopicPartition
-
-if TYPE_CHECKING:
-    from .consumer import Batch, Subscription
 
 Handler = Callable[..., Any]
 """A function (called in a thread) or a coroutine function (called on the loop)."""
@@ -60,12 +58,12 @@ BLOCKED_S = 1.0
 _log = logging.getLogger("idemq")
 
 
-async def reject(sub: Subscription, message: Message, reason: str) -> None:
+async def reject(source: Source, message: Message, reason: str) -> None:
     """See `Subscription.reject`."""
-    policy, group = sub._retry, sub._grouped("reject()")
+    policy, group = source.retry, source.grouped("reject()")
     if policy is None or policy.dead_letter is None:
         raise InvalidRequest("reject() needs a dead-letter topic: subscribe(…, retry=RetryPolicy(dead_letter=TOPIC))")
-    if sub._handling is not None:
+    if source.stop_handling is not None:
         raise InvalidRequest("inside process() and run() a handler raises an error of RetryPolicy(no_retry=…) instead")
     leased = leased_of(message)
     if message.offset != leased.planned:
@@ -74,8 +72,14 @@ async def reject(sub: Subscription, message: Message, reason: str) -> None:
             f"not committed ({leased.planned}): commit what is before it"
         )
     why = dead_letters.Failure(group.group, message.attempt, reason, None, _wall_ms())
-    async with sub._producer().transaction(message) as tx:
-        tx._add(policy.dead_letter, dead_letters.dead_letter(message, why))
+    buffer = Buffer()
+    buffer.move(message)
+    buffer.add(policy.dead_letter, dead_letters.dead_letter(message, why))
+    try:
+        await source.store(buffer, source.timeout)
+    except BaseException as failed:
+        rewind(buffer.moved, failed)
+        raise
 
 
 class Unfinished(Exception):
@@ -128,7 +132,7 @@ class Handling:
 
     def __init__(
         self,
-        sub: Subscription,
+        source: Source,
         handler: Handler,
         until_idle: float | None,
         handler_timeout: float,
@@ -141,8 +145,8 @@ class Handling:
             raise InvalidRequest(f"until_idle is a number of seconds above 0, not {until_idle!r}")
         if not 0 < handler_timeout <= FOREVER_S:
             raise InvalidRequest(f"handler_timeout is a number of seconds above 0, not {handler_timeout!r}")
-        self._sub = sub
-        self._group: GroupConsumer = sub._grouped("process() and run()")
+        self._source = source
+        self._group: GroupConsumer = source.grouped("process() and run()")
         try:
             inspect.signature(handler).bind(*given)
         except ValueError:  # a builtin may tell no signature
@@ -150,7 +154,7 @@ class Handling:
         except TypeError as error:
             expected = ", ".join(given)
             raise InvalidRequest(f"the handler is called with ({expected}): {error}") from None
-        self._policy: RetryPolicy | None = sub._retry
+        self._policy: RetryPolicy | None = source.retry
         self._breaker = CircuitBreaker(self._policy or RetryPolicy())
         self._handler = handler
         self._async = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
@@ -187,27 +191,27 @@ class Handling:
 
     async def drive(self) -> None:
         """Handle messages until it is time to end."""
-        sub, group = self._sub, self._group
-        if sub._handling is not None:
+        source, group = self._source, self._group
+        if source.stop_handling is not None:
             raise InvalidRequest("process() or run() is under way on this subscription")
-        sub._handling = self
-        if sub._reader.stopping:  # before this call had begun
+        source.stop_handling = self.stop
+        if source.reader.stopping:  # before this call had begun
             self.stop()
         try:
             await self._check_topics()
             if self._policy is not None:
                 group.promise(self._in_hand_max)
             group.busy = self._busy
-            await sub.open()
+            await source.open()
             if self._async:
                 self._watch()
             with stopped_by_signals(partial(self._loop.call_soon_threadsafe, self.stop)):
                 await self._until_the_end()
         finally:
             self._tidy()
-            sub._handling = None
+            source.stop_handling = None
             if self._stuck is not None:
-                await sub.close()  # a thread still has a message: this member is to get it no second time
+                await source.close()  # a thread still has a message: this member is to get it no second time
         error = self._error or self._stuck
         if error is not None:
             raise error
@@ -252,7 +256,7 @@ class Handling:
             return
         self._stopping = True
         self._changed.set()
-        self._sub._reader.stop()
+        self._source.reader.stop()
         self._hurrying = self._loop.call_later(HANDLERS_STOP_S, self._end_handlers)
         if self._ending is not None:
             self._ending.reschedule(self._loop.time() + STOP_S)
@@ -265,11 +269,11 @@ class Handling:
 
     async def _check_topics(self) -> None:
         """Before it is needed: a topic for dead letters that is not there would be noticed too late."""
-        policy, sub = self._policy, self._sub
+        policy, source = self._policy, self._source
         names = [name for name in (policy.dead_letter, policy.parking) if name is not None] if policy else []
-        if policy is not None and policy.dead_letter in sub._names:
+        if policy is not None and policy.dead_letter in source.names:
             raise InvalidRequest(f"{policy.dead_letter!r} is read here: its own dead letters would come back to it")
-        found = {topic.name for topic in await sub._engine.topics(names, sub._timeout)} if names else set()
+        found = {topic.name for topic in await source.engine.topics(names, source.timeout)} if names else set()
         for name in names:
             if name not in found:
                 raise UnknownTopic(f"there is no topic {name!r}, which the retry policy names")
@@ -278,17 +282,17 @@ class Handling:
         """Whatever is not committed is handed out again, to whoever reads here next."""
         group = self._group
         group.busy = None
-        if self._policy is not None and not self._sub._closed:
+        if self._policy is not None and not self._source.closed:
             group.promise(0)
         if self._stopping:
-            self._sub._reader.stopping = False
+            self._source.reader.stopping = False
         for timer in (self._hurrying, self._watching):
             if timer is not None:
                 timer.cancel()
         for key in list(self._held_back):
             self._hold_no_more(key)
         self._threads.end()
-        if not self._sub._closed:
+        if not self._source.closed:
             rewind([move for move in group.delivered() if move.first < move.end])
         group.returned()
 
@@ -430,10 +434,14 @@ class Handling:
 
     # ---------------------------------------------------------------------------------------------- transactions
 
-    def _sent(self, send: Send) -> Transaction:
-        tx = self._sub._producer().transaction(timeout=FOREVER_S)._begun()
-        tx._add(*send)
-        return tx
+    def _sent(self, send: Send) -> Buffer:
+        buffer = Buffer()
+        buffer.add(*send)
+        return buffer
+
+    async def _store_buffer(self, buffer: Buffer) -> None:
+        with self._storage():
+            await self._source.store(buffer, FOREVER_S)
 
     # ---------------------------------------------------------------------------------------------- parked messages
 
@@ -480,7 +488,7 @@ class Handling:
 
     def _hold_back(self, message: Message, seconds: float) -> None:
         """Hand out this message and those behind it again, in a while."""
-        reading, reader = leased_of(message).reading, self._sub._reader
+        reading, reader = leased_of(message).reading, self._source.reader
         by_user = reading.paused
         reader.pause(reading, True)
         reader.seek(reading, message.offset)
@@ -493,26 +501,26 @@ class Handling:
         self._occupied_at = self._loop.time()
         leased = self._group.held.get(key)
         if leased is not None and leased.state == "held":
-            self._sub._reader.pause(leased.reading, False)
+            self._source.reader.pause(leased.reading, False)
 
     async def _next(self, wanted: int) -> Batch | None:
         """The next messages. None: stopped, or nothing came for `until_idle` (see `_idle`)."""
-        batch = await self._sub._next(wanted, 0.0, self._until_idle)
+        batch = await self._source.next(wanted, 0.0, self._until_idle)
         if batch is None and not self._stopping and not self._group.held and await self._is_behind():
             self._occupied_at = self._loop.time()  # what others hold may become ours yet: one of them may be dead
         return batch
 
     async def _is_behind(self) -> bool:
         """Is there anything that the group has not come to?"""
-        sub, group = self._sub, self._group
+        source, group = self._source, self._group
         ends = {
             TopicPartition(topic.id, one.index): one.next
-            for topic in await sub._engine.topics(sub._names, sub._timeout)
+            for topic in await source.engine.topics(source.names, source.timeout)
             for one in topic.partitions
         }
         return any(
             one.next < ends.get(TopicPartition(one.topic_id, one.partition), 0)
-            for one in await sub._engine.offsets(group.group, sub._timeout)
+            for one in await source.engine.offsets(group.group, source.timeout)
         )
 
     def _idle(self) -> bool:

@@ -13,7 +13,6 @@ import inspect
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from .errors import (
     HandlerTimeout,
@@ -24,13 +23,11 @@ from .errors import (
     UnknownTopic,
 )
 from .group import Leased, kept, moves, rewind
-from .handling import FOREVER_S, Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
+from .handling import Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
 from .records import Message
 from .retry import Verdict
-from .transaction import Transaction
-
-if TYPE_CHECKING:
-    from .consumer import Subscription
+from .source import Source
+from .transaction import Buffer, HandlerTransaction
 
 TRANSACTION_S = 1.0
 """What was handled is stored after this time, though the batch is not through: a slow handler loses little."""
@@ -39,12 +36,12 @@ REFUSED = (UnknownTopic, InvalidRequest, TransactionTooLarge)
 
 
 async def process(
-    sub: Subscription, handler: Handler, max_messages: int, until_idle: float | None, handler_timeout: float
+    source: Source, handler: Handler, max_messages: int, until_idle: float | None, handler_timeout: float
 ) -> None:
     """See `Subscription.process`."""
     if type(max_messages) is not int or not 1 <= max_messages <= 1_000_000:
         raise InvalidRequest(f"max_messages is a whole number in 1 .. 1000000, not {max_messages!r}")
-    handling = _Process(sub, handler, until_idle, handler_timeout, max_messages)
+    handling = _Process(source, handler, until_idle, handler_timeout, max_messages)
     await handling.drive()
 
 
@@ -52,9 +49,9 @@ class _Process(Handling):
     """Handlers with a transaction, one after the other."""
 
     def __init__(
-        self, sub: Subscription, handler: Handler, until_idle: float | None, handler_timeout: float, max_messages: int
+        self, source: Source, handler: Handler, until_idle: float | None, handler_timeout: float, max_messages: int
     ) -> None:
-        super().__init__(sub, handler, until_idle, handler_timeout, max_messages, ("message", "tx"))
+        super().__init__(source, handler, until_idle, handler_timeout, max_messages, ("message", "tx"))
         self._in_hand: set[Leased] = set()
 
     def _busy(self, leased: Leased) -> bool:
@@ -119,7 +116,7 @@ class _Process(Handling):
         self._hold_back(message, self._policy.delay(judged.attempts, self._rng))
         return [one for one in left if leased_of(one) is not leased_of(message)]
 
-    async def _handle(self, messages: list[Message]) -> tuple[list[Transaction], Exception | None]:
+    async def _handle(self, messages: list[Message]) -> tuple[list[Buffer], Exception | None]:
         """Call the handler for message after message. Returns what each of the first sent, and the next's error."""
         head = messages[0]
         if self._is_suspect(head):
@@ -129,15 +126,14 @@ class _Process(Handling):
         some = messages[: max(1, failed)]
         return await (self._on_the_loop(some) if self._async else self._in_a_thread(some))
 
-    async def _on_the_loop(self, messages: Sequence[Message]) -> tuple[list[Transaction], Exception | None]:
-        done: list[Transaction] = []
+    async def _on_the_loop(self, messages: Sequence[Message]) -> tuple[list[Buffer], Exception | None]:
+        done: list[Buffer] = []
         until = self._loop.time() + TRANSACTION_S
-        producer = self._sub._producer()
         for message in messages:
             if done and (self._stopping or self._loop.time() >= until or leased_of(message).state != "held"):
                 break
             # A message's own transaction: what it sends is stored with the others', if its handler succeeds.
-            shown, tx = self._shown(message), producer.transaction(timeout=FOREVER_S)._begun()
+            shown, tx = self._shown(message), HandlerTransaction()
             try:
                 if shown is not None:
                     await self._call(shown, tx)
@@ -146,18 +142,17 @@ class _Process(Handling):
             except Exception as error:  # noqa: BLE001 - a handler may raise anything; it is judged
                 return done, error
             finally:
-                tx._end()
-            done.append(tx)
+                sent = tx.end()
+            done.append(sent)
             await self._breathe()
         return done, None
 
-    async def _in_a_thread(self, messages: Sequence[Message]) -> tuple[list[Transaction], Exception | None]:
+    async def _in_a_thread(self, messages: Sequence[Message]) -> tuple[list[Buffer], Exception | None]:
         """All of them in one turn of the thread: two changes of threads for each would cost more than most handlers."""
-        done: list[Transaction] = []
+        done: list[Buffer] = []
         begun = time.monotonic()
         until = begun + TRANSACTION_S
-        producer = self._sub._producer()
-        tx = producer.transaction(timeout=FOREVER_S)._begun()
+        tx = HandlerTransaction()
 
         def work() -> Exception | None:
             nonlocal begun, tx
@@ -173,9 +168,8 @@ class _Process(Handling):
                     return error
                 except asyncio.CancelledError:
                     return cancelled_within()
-                tx._end()
-                done.append(tx)
-                tx = producer.transaction(timeout=FOREVER_S)._begun()
+                done.append(tx.end())
+                tx = HandlerTransaction()
             return None
 
         call = self._threads.call(work)
@@ -187,11 +181,9 @@ class _Process(Handling):
         except HandlerTimeout as late:
             return done[: len(messages) - 1], late
         finally:
-            tx._end()  # a thread that goes on can send nothing more
+            tx.end()  # a thread that goes on can send nothing more
 
-    async def _store(
-        self, messages: list[Message], transactions: list[Transaction]
-    ) -> tuple[list[Message], Judged | None]:
+    async def _store(self, messages: list[Message], transactions: list[Buffer]) -> tuple[list[Message], Judged | None]:
         """Store what was sent for the first of these messages, and the positions: as a rule in one transaction.
 
         One that is refused for what it holds is tried again by halves: it was too much for one, or a message is to
@@ -224,15 +216,14 @@ class _Process(Handling):
         await self._transact([(message, self._sent(judged.send))])
         return None
 
-    async def _transact(self, handled: list[tuple[Message, Transaction]]) -> None:
+    async def _transact(self, handled: list[tuple[Message, Buffer]]) -> None:
         """Store what was sent, and the positions, in one transaction. What it is refused for leaves them in hand."""
-        whole = self._sub._producer().transaction(timeout=FOREVER_S)._begun()
-        for _, tx in handled:
-            whole._absorb(tx)
-        whole.commit_offsets([message for message, _ in handled])
-        with self._storage():
-            try:
-                await whole._store()
-            except REFUSED:
-                kept(whole._moved)
-                raise
+        whole = Buffer()
+        for _, sent in handled:
+            whole.absorb(sent)
+        whole.move([message for message, _ in handled])
+        try:
+            await self._store_buffer(whole)
+        except REFUSED:
+            kept(whole.moved)
+            raise

@@ -1,7 +1,7 @@
 """Reading partitions ahead: one fetch is under way while what it brought before is consumed.
 
 `prefetch_bytes` bounds both. Which partitions are read, from where, and who gets the messages is the subscription's
-business (`consumer.py`); groups and leases are not known here.
+business (`source.py`); groups and leases are not known here.
 """
 
 from __future__ import annotations

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from math import inf
-from typing import TYPE_CHECKING
 
 from .errors import IdemqError, InvalidRequest, OutcomeUnknown, TransactionAborted
 from .group import Leased, moves, rewind
-from .handling import FOREVER_S, Handler, Handling, Judged, Unfinished, leased_of, tried
+from .handling import Handler, Handling, Judged, Unfinished, leased_of, tried
 from .records import Message
 from .retry import Verdict
 from .scheduling import IN_HAND_MAX, Schedule, Work
 from .session import TRANSACTION_BYTES_MAX
-
-if TYPE_CHECKING:
-    from .consumer import Batch, Subscription
+from .source import Batch, Source
+from .transaction import Buffer
 
 CANCELLED_S = 1.0
 """So long may a handler take to end when it is cancelled."""
@@ -25,12 +23,12 @@ REVOKED_S = 0.2
 
 
 async def run(
-    sub: Subscription, handler: Handler, concurrency: int, until_idle: float | None, handler_timeout: float
+    source: Source, handler: Handler, concurrency: int, until_idle: float | None, handler_timeout: float
 ) -> None:
     """See `Subscription.run`."""
     if type(concurrency) is not int or not 1 <= concurrency <= IN_HAND_MAX:
         raise InvalidRequest(f"concurrency is a whole number in 1 .. {IN_HAND_MAX}, not {concurrency!r}")
-    handling = _Run(sub, handler, until_idle, handler_timeout, concurrency)
+    handling = _Run(source, handler, until_idle, handler_timeout, concurrency)
     await handling.drive()
 
 
@@ -38,9 +36,9 @@ class _Run(Handling):
     """Handlers side by side."""
 
     def __init__(
-        self, sub: Subscription, handler: Handler, until_idle: float | None, handler_timeout: float, concurrency: int
+        self, source: Source, handler: Handler, until_idle: float | None, handler_timeout: float, concurrency: int
     ) -> None:
-        super().__init__(sub, handler, until_idle, handler_timeout, IN_HAND_MAX, ("message",))
+        super().__init__(source, handler, until_idle, handler_timeout, IN_HAND_MAX, ("message",))
         self._schedule = Schedule(concurrency)
         self._attempts_due = False
         """A message failed: what the broker knows of attempts at the heads is to be brought up to date."""
@@ -249,30 +247,27 @@ class _Run(Handling):
     async def _commit(self) -> None:
         """Store how far each line is finished, with the dead letters on the way, and the attempts at its head."""
         schedule, group = self._schedule, self._group
-        whole = self._sub._producer().transaction(timeout=FOREVER_S)._begun()
+        whole = Buffer()
         moving: list[list[Work]] = []
-        sends = False
         for works in schedule.finished():
             fitting: list[Work] = []
             for work in works:
                 if work.send is not None:
                     one = self._sent(work.send)
-                    if sends and whole._bytes + one._bytes > TRANSACTION_BYTES_MAX:
+                    if whole.sends and whole.bytes + one.bytes > TRANSACTION_BYTES_MAX:
                         break  # the next commit's
-                    whole._absorb(one)
-                    sends = True
+                    whole.absorb(one)
                 fitting.append(work)
             if fitting:
                 moving.append(fitting)
         ends = [works[-1].message for works in moving]
         error: IdemqError | None = None
         try:
-            with self._storage():
-                if sends:
-                    async with self._sub._producer().transaction(timeout=FOREVER_S) as tx:
-                        tx._absorb(whole)
-                        tx.commit_offsets(ends)
-                elif ends:
+            if whole.sends:
+                whole.move(ends)
+                await self._store_buffer(whole)
+            elif ends:
+                with self._storage():
                     await group.commit(moves(ends), inf)
         except (TransactionAborted, OutcomeUnknown) as aborted:  # unknown: see `processing.py`
             error = aborted

@@ -17,13 +17,13 @@ from functools import wraps
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
-from . import client, consumer, errors, producer, transaction, wire
-from .consumer import Batch
+from . import client, consumer, engine, errors, producer, transaction, wire
 from .errors import ClientClosed, InvalidRequest
 from .group import Callback
 from .handling import HANDLER_TIMEOUT_S, Handler
 from .records import Message, Receipt, Record, SendSummary
 from .retry import RetryPolicy
+from .source import Batch, Start
 from .threads import stopped_by_signals
 
 __all__ = ["Client", "OutcomeUnknown", "Producer", "Subscription", "Transaction", "connect"]
@@ -391,7 +391,7 @@ class Client(_Facade[client.Client]):
         *,
         dedup: bool = True,
         linger: float = 0.0,
-        batch_bytes: int = client.BATCH_BYTES,
+        batch_bytes: int = engine.BATCH_BYTES,
         in_flight: int = wire.IN_FLIGHT_MAX,
         compression: str | None = None,
     ) -> Producer:
@@ -411,7 +411,7 @@ class Client(_Facade[client.Client]):
         self,
         *topics: str,
         group: str | None = None,
-        start: consumer.Start = "earliest",
+        start: Start = "earliest",
         retry: RetryPolicy | None = None,
         on_truncated: str = "raise",
         prefetch_bytes: int = consumer.PREFETCH_BYTES,

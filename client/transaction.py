@@ -17,6 +17,66 @@ from .session import TRANSACTION_BYTES_MAX
 from .wire import TOKEN_BYTES_MAX
 
 
+class Buffer:
+    """What is to be stored together, whole or not at all: messages, a token, and positions that move."""
+
+    __slots__ = ("_moves", "bytes", "sends", "token")
+
+    def __init__(self) -> None:
+        self.sends: list[tuple[str, Record]] = []
+        self.bytes = 0
+        self.token: bytes | None = None
+        self._moves: list[tuple[Move, bytes | None]] = []
+
+    @property
+    def moved(self) -> list[Move]:
+        """The positions."""
+        return [move for move, _ in self._moves]
+
+    def add(self, topic: str, record: Record) -> None:
+        """One message more. Raises InvalidRequest, MessageTooLarge, TransactionTooLarge."""
+        self.bytes += check_record(record.value, record.key, record.headers) + RECORD_BYTES
+        if self.bytes > TRANSACTION_BYTES_MAX:
+            raise TransactionTooLarge(f"a transaction holds at most {TRANSACTION_BYTES_MAX} bytes")
+        if record.headers is not None:  # a copy: the caller may fill the same mapping again for the next message
+            record = record._replace(headers=dict(record.headers))
+        self.sends.append((topic, record))
+
+    def move(self, what: object, metadata: bytes | None = None) -> None:
+        """Positions go behind these messages, and `metadata` with them."""
+        for move in moves(what):
+            self._merge(move, metadata)
+
+    def absorb(self, other: Buffer) -> None:
+        """And everything that is in another."""
+        self.sends += other.sends
+        self.bytes += other.bytes
+        self.token = self.token if other.token is None else other.token
+        for move, metadata in other._moves:
+            self._merge(move, metadata)
+
+    def _merge(self, move: Move, metadata: bytes | None) -> None:
+        for index, (earlier, noted) in enumerate(self._moves):
+            if earlier.leased is move.leased:
+                earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
+                self._moves[index] = (earlier, noted if metadata is None else metadata)
+                return
+        self._moves.append((move, metadata))
+
+    async def store(self, producer: EngineProducer, timeout: float) -> list[Receipt]:
+        """Store it; returns the messages' receipts. What is not stored stays in hand (`rewind`, `kept`)."""
+        if not (self.sends or self.token is not None or self._moves):
+            return []
+        offsets = plan(self._moves)
+        try:
+            receipts = await producer.transact(self.sends, offsets, self.token, timeout)
+        except BaseException:
+            aborted(self.moved)
+            raise
+        stored(self.moved)
+        return receipts
+
+
 class Transaction:
     """Use it as `async with producer.transaction() as tx`. Any exception in the block: nothing is stored.
 
@@ -26,17 +86,14 @@ class Transaction:
     After the block `receipts` holds one Receipt for each `send`, in order.
     """
 
-    def __init__(self, producer: EngineProducer, batch: object, timeout: float) -> None:
+    def __init__(self, producer: EngineProducer | None, batch: object, timeout: float) -> None:
         self.receipts: list[Receipt] = []
-        self._moves: list[tuple[Move, bytes | None]] = []
+        self._buffer = Buffer()
         self._producer = producer
         self._timeout = timeout
-        self._sends: list[tuple[str, Record]] = []
-        self._bytes = 0
-        self._token: bytes | None = None
         self._state: Literal["new", "open", "ended"] = "new"
         if batch is not None:
-            self._move(batch, None)
+            self._buffer.move(batch)
 
     def send(
         self,
@@ -56,22 +113,14 @@ class Transaction:
         self._check_open()
         if message_id is not None:
             raise Unsupported("message ids are not offered yet")
-        self._add(topic, Record(value, key, headers, partition, seq))
-
-    def _add(self, topic: str, record: Record) -> None:
-        self._bytes += check_record(record.value, record.key, record.headers) + RECORD_BYTES
-        if self._bytes > TRANSACTION_BYTES_MAX:
-            raise TransactionTooLarge(f"a transaction holds at most {TRANSACTION_BYTES_MAX} bytes")
-        if record.headers is not None:  # a copy: the caller may fill the same mapping again for the next message
-            record = record._replace(headers=dict(record.headers))
-        self._sends.append((topic, record))
+        self._buffer.add(topic, Record(value, key, headers, partition, seq))
 
     def set_token(self, token: bytes) -> None:
         """Store a position of yours with the transaction; it comes back as `producer.token` when the name is opened."""
         self._check_open()
         if type(token) is not bytes or len(token) > TOKEN_BYTES_MAX:
             raise InvalidRequest(f"a token is bytes, at most {TOKEN_BYTES_MAX}")
-        self._token = token
+        self._buffer.token = token
 
     def commit_offsets(self, batch: Sequence[Message] | Message, metadata: bytes | None = None) -> None:
         """Move a group's positions behind these messages, with the transaction; cumulative for each partition.
@@ -81,35 +130,7 @@ class Transaction:
         self._check_open()
         if metadata is not None and (type(metadata) is not bytes or len(metadata) > TOKEN_BYTES_MAX):
             raise InvalidRequest(f"metadata is bytes, at most {TOKEN_BYTES_MAX}")
-        self._move(batch, metadata)
-
-    def _move(self, what: object, metadata: bytes | None) -> None:
-        for move in moves(what):
-            self._merge(move, metadata)
-
-    def _merge(self, move: Move, metadata: bytes | None) -> None:
-        for index, (earlier, noted) in enumerate(self._moves):
-            if earlier.leased is move.leased:
-                earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
-                self._moves[index] = (earlier, noted if metadata is None else metadata)
-                return
-        self._moves.append((move, metadata))
-
-    # A handler's own (`processing.py`): begun and ended without a block; another transaction stores what it holds.
-
-    def _begun(self) -> Transaction:
-        self._state = "open"
-        return self
-
-    def _end(self) -> None:
-        self._state = "ended"
-
-    def _absorb(self, other: Transaction) -> None:
-        self._sends += other._sends
-        self._bytes += other._bytes
-        self._token = self._token if other._token is None else other._token
-        for move, metadata in other._moves:
-            self._merge(move, metadata)
+        self._buffer.move(batch, metadata)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -126,26 +147,24 @@ class Transaction:
     ) -> None:
         self._state = "ended"
         if error is not None:
-            rewind(self._moved, error)
+            rewind(self._buffer.moved, error)
             return
+        assert self._producer is not None, "a handler's own has no block"
         try:
-            await self._store()
+            self.receipts = await self._buffer.store(self._producer, self._timeout)
         except BaseException as failed:
-            rewind(self._moved, failed)
+            rewind(self._buffer.moved, failed)
             raise
 
-    @property
-    def _moved(self) -> list[Move]:
-        return [move for move, _ in self._moves]
 
-    async def _store(self) -> None:
-        """Store it. What is not stored, `rewind` hands out again."""
-        if not (self._sends or self._token is not None or self._moves):
-            return
-        offsets = plan(self._moves)
-        try:
-            self.receipts = await self._producer.transact(self._sends, offsets, self._token, self._timeout)
-        except BaseException:
-            aborted(self._moved)
-            raise
-        stored(self._moved)
+class HandlerTransaction(Transaction):
+    """A handler's own: open until `end`, without a block. Whoever called the handler stores what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, 0.0)
+        self._state = "open"
+
+    def end(self) -> Buffer:
+        """Nothing more is taken. Returns what it holds."""
+        self._state = "ended"
+        return self._buffer

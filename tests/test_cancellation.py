@@ -127,7 +127,7 @@ def with_client(name: str, call: Callable[[idemq.Client], Coroutine[Any, Any, An
         mq = await idemq.connect(w.broker.url)
         sub = mq.subscribe("t", prefetch_bytes=1)
         await sub.open()
-        await eventually(lambda: sub._reader._buffered_bytes > 0)  # it waits to be read, not for the broker
+        await eventually(lambda: sub._source.reader._buffered_bytes > 0)  # it waits to be read, not for the broker
         await w.sending(mq)
         w.after.append(mq.close)
         return call(mq)

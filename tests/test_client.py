@@ -922,14 +922,14 @@ async def test_prefetch_is_bounded_and_nothing_is_lost() -> None:
         values = [b"%d" % n + b"x" * 1000 for n in range(300)]
         await p.send_many("t", values)
         async with mq.subscribe("t", prefetch_bytes=20_000) as sub:
-            await eventually(lambda: sub._reader._buffered_bytes >= 20_000)
+            await eventually(lambda: sub._source.reader._buffered_bytes >= 20_000)
             for _ in range(20):
                 await mq.ping()  # time for many more fetches
-            assert sub._reader._buffered_bytes <= 20_000 + 3 * 11_000
+            assert sub._source.reader._buffered_bytes <= 20_000 + 3 * 11_000
             found = []
             async for message in sub:
                 found.append(message.value)
-                assert sub._reader._buffered_bytes <= 20_000 + 3 * 11_000
+                assert sub._source.reader._buffered_bytes <= 20_000 + 3 * 11_000
                 if len(found) == 300:
                     break
         assert sorted(found) == sorted(values)
@@ -941,11 +941,11 @@ async def test_what_is_read_ahead_counts_as_what_it_takes_in_memory() -> None:
         await mq.create_topic("t")
         await p.send_many("t", [b"x"] * 1000)
         async with mq.subscribe("t", prefetch_bytes=20_000) as sub:
-            await eventually(lambda: sub._reader._buffered_bytes >= 20_000)
+            await eventually(lambda: sub._source.reader._buffered_bytes >= 20_000)
             for _ in range(20):
                 await mq.ping()  # time for many more fetches
             # One fetch, of 20,000 bytes as they are stored: more than what was wanted, and far from all.
-            (one,) = sub._reader.readings.values()
+            (one,) = sub._source.reader.readings.values()
             assert len(one.pieces) < 500
 
 
@@ -958,7 +958,7 @@ async def test_partitions_take_turns_and_closing_leaves_no_task() -> None:
         before = asyncio.all_tasks()
         sub = mq.subscribe("t")
         await sub.open()
-        await eventually(lambda: sum(len(one.pieces) for one in sub._reader.readings.values()) == 9)
+        await eventually(lambda: sum(len(one.pieces) for one in sub._source.reader.readings.values()) == 9)
         assert {one.partition for one in await take(aiter(sub), 3)} == {0, 1, 2}
         await sub.close()
         assert asyncio.all_tasks() == before
@@ -992,7 +992,7 @@ async def test_no_partition_starves_whatever_a_fetch_may_ask_for(
 
 @run
 async def test_partitions_that_are_added_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idemq.client.consumer.TOPIC_AGE_S_MAX", 0.01)
+    monkeypatch.setattr("idemq.client.source.TOPIC_AGE_S_MAX", 0.01)
     monkeypatch.setattr("idemq.client.reader.FETCH_WAIT_S", 0.01)
     async with broker() as b, idemq.connect(b.url) as mq:
         await mq.create_topic("t")

@@ -16,7 +16,7 @@ import idemq.sync
 from idemq import Message, RetryPolicy, Transaction
 from idemq.client import handling, running
 from idemq.client.dead_letters import Gone, Place
-from idemq.client.producer import Producer
+from idemq.client.transaction import HandlerTransaction
 from idemq.client.wire import Offset
 
 from .support import broker, eventually, run
@@ -167,18 +167,17 @@ async def test_a_handler_that_makes_an_error_of_its_cancellation_is_not_blamed(
 
 @run
 async def test_a_thread_that_just_finished_its_last_message_is_no_index_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    transaction = Producer.transaction
-
-    def slow(self: Producer, *arguments: Any, **options: Any) -> Transaction:
-        if threading.current_thread().name == "idemq-handler":
-            time.sleep(0.3)
-        return transaction(self, *arguments, **options)
+    class Slow(HandlerTransaction):
+        def __init__(self) -> None:
+            if threading.current_thread().name == "idemq-handler":
+                time.sleep(0.3)
+            super().__init__()
 
     def handler(message: Message, tx: Transaction) -> None:
         pass
 
     async with world(1) as (_, mq), mq.subscribe("in", group="g") as sub:
-        monkeypatch.setattr(Producer, "transaction", slow)
+        monkeypatch.setattr("idemq.client.processing.HandlerTransaction", Slow)
         with pytest.raises(idemq.HandlerTimeout):
             await sub.process(handler, until_idle=IDLE_S, handler_timeout=0.1)
 
@@ -249,7 +248,7 @@ async def test_after_stop_nothing_is_begun_while_a_commit_waits(monkeypatch: pyt
     committing, answered = asyncio.Event(), asyncio.Event()
 
     async with world(500) as (_, mq), mq.subscribe("in", group="g") as sub:
-        group = sub._group
+        group = sub._source.group
         assert group is not None
         commit = group.commit
 
@@ -334,7 +333,7 @@ async def test_a_paused_partition_that_is_read_ahead_leaves_room_for_others() ->
         async with mq.subscribe("t", prefetch_bytes=2000) as sub:
             for _ in range(10):
                 await mq.send("t", bytes(1000), partition=0)
-            await eventually(lambda: sub._reader._buffered_bytes >= 2000)
+            await eventually(lambda: sub._source.reader._buffered_bytes >= 2000)
             await sub.pause("t", 0)
             await mq.send("t", b"1", partition=1)
             async with asyncio.timeout(5):

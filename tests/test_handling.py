@@ -382,12 +382,12 @@ async def test_answers_that_are_lost_are_waited_for_and_nothing_is_run_again(kin
 async def test_an_anonymous_name_that_the_broker_forgot_is_replaced() -> None:
     async with world(4) as (_, mq), mq.subscribe("in", group="g") as sub:
         await sub.process(copy, max_messages=2, until_idle=IDLE_S)
-        name = sub._producer().name
+        name = sub._source.producer.name
         await mq.delete_producer(name)
         await publish(mq, 3)
         await sub.process(copy, until_idle=IDLE_S)
         assert await values(mq) == [0, 1, 2, 3, 0, 1, 2]
-        assert sub._producer().name != name
+        assert sub._source.producer.name != name
 
 
 @run

@@ -374,8 +374,8 @@ async def test_a_partition_is_not_given_back_while_a_transaction_is_under_way(mo
 
 
 def leased(sub: idemq.Subscription) -> list[Any]:
-    assert sub._group is not None
-    return list(sub._group.held.values())
+    assert sub._source.group is not None
+    return list(sub._source.group.held.values())
 
 
 @run
@@ -584,7 +584,7 @@ async def test_a_seek_is_stored_and_what_was_in_hand_cannot_be_committed() -> No
         await sub.commit(again)
         assert await positions(mq) == {("t", 0): 5}
         assert told == [], "it goes on holding the partition"
-        member: Any = sub._group._member  # type: ignore[union-attr]
+        member: Any = sub._source.group._member  # type: ignore[union-attr]
         assert [held.lease for held in member._membership.held.values()] == [again[0].lease]
         for topic, index in (("t", 1), ("none", 0)):
             with pytest.raises(idemq.InvalidRequest, match="not read here"):
@@ -639,9 +639,9 @@ async def test_a_pause_holds_up_no_other_partition() -> None:
             await mq.send("t", b"0", partition=index)
             assert (await anext(messages)).partition == index
             await mq.ping()  # the next fetch waits at the broker
-            started = sub._reader._fetching
+            started = sub._source.reader._fetching
             await sub.pause("t", index)
-            assert sub._reader._fetching is started
+            assert sub._source.reader._fetching is started
             await mq.send("t", b"not for now", partition=index)  # ends the fetch, for nothing
         await mq.send("t", b"1", partition=3)
         assert (await anext(messages)).partition == 3

@@ -18,9 +18,10 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from ..client import Client
-from ..consumer import Batch, Subscription
+from ..consumer import Subscription
 from ..errors import IdemqError, LeaseLost, OutcomeUnknown, RetriableError
 from ..records import Message
+from ..source import Batch
 from . import reach
 from .arguments import Command, Parser, count, start, text
 from .errors import OK, UNREACHABLE, CommandError

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator
 from enum import StrEnum
 
 from ..client import Client, connect
-from ..consumer import Batch, Subscription
+from ..consumer import Subscription
 from ..errors import LeaseLost, OutcomeUnknown, RetriableError, TransactionAborted
+from ..source import Batch
 
 INPUTS = "demo-inputs"
 OUTPUTS = "demo-outputs"
