@@ -38,7 +38,7 @@ from .errors import (
     UnknownProducer,
     UnknownTopic,
 )
-from .membership import Changes, Membership
+from .membership import Changes, Membership, left_to_move
 from .pipeline import Producer, Tally, Topic
 from .records import Receipt, Record
 from .wire import TopicPartition
@@ -177,13 +177,10 @@ class NativeEngine(Engine):
                     await self._connection.ask(_checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
                     break
                 except LeaseLost as lost:
-                    # C6: it was there already, if the lease ended at or behind where this one leads; the others are
-                    # not stored yet.
-                    ended_at, where = lost.details.get("next"), lost.partitions
-                    ends = {(one.topic_id, one.partition): one.end for one in some if one.attempts is None}
-                    if not (isinstance(ended_at, int) and where and ended_at >= ends.get(where[0], wire.NUMBER_MAX)):
+                    left = left_to_move(some, lost)
+                    if left is None:
                         raise
-                    some = [one for one in some if (one.topic_id, one.partition) != where[0]]
+                    some = left
 
     async def seek(
         self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""
