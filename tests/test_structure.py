@@ -294,7 +294,7 @@ BREACHES = [
 
 @pytest.mark.parametrize(("check", "path", "text", "complaint"), BREACHES)
 def test_a_breach_is_caught(check: Callable[[Tree], Iterator[str]], path: str, text: str, complaint: str) -> None:
-    tree = checkout()
+    tree = checkout() if check is check_packages else {}  # the others say of one file what they say of all
     before = set(check(tree))
     assert [found for found in check(tree | {path: text}) if found not in before and complaint in found]
 
