@@ -1384,7 +1384,7 @@ async def test_a_topic_under_the_same_name_begins_with_nothing_gone() -> None:
         await mq.delete_topic("dlq")
         await mq.create_topic("dlq")
         async with idemq.connect(b.url) as other:
-            await other.send("dlq", b"8")
+            await other.send("dlq", b"8", headers={f"{DEAD_LETTER}topic": b"in", f"{DEAD_LETTER}partition": b"0"})
         assert await left(letters) == [8]
         assert await letters.drop() == 1
         assert await left(letters) == []
