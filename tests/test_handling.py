@@ -1009,6 +1009,71 @@ async def test_the_second_failed_attempt_of_a_message_behind_others_is_known_whe
 
 
 @run
+async def test_attempts_of_what_is_behind_a_dead_letter_that_is_not_stored_yet_do_not_pass_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are counted at the position, or they would move it."""
+    under_way, failures = asyncio.Event(), 0
+
+    async def handler(message: Message) -> None:
+        nonlocal failures
+        if number(message):
+            await under_way.wait()
+            failures += 1
+            raise ValueError if number(message) == 1 else Poison
+
+    policy = RetryPolicy(max_attempts=2, backoff=60, max_backoff=60, dead_letter="dlq", no_retry=(ValueError,))
+    async with world(3) as (_, mq), mq.subscribe("in", group="g", retry=policy) as sub:
+        commit_offsets = mq._engine.commit_offsets
+
+        async def slow(*arguments: Any) -> None:
+            under_way.set()
+            await eventually(lambda: failures == 2)
+            await commit_offsets(*arguments)
+
+        monkeypatch.setattr(mq._engine, "commit_offsets", slow)
+        working = asyncio.create_task(sub.run(handler, concurrency=3))
+        await reached(mq, 2)
+        while not await attempts(mq):  # noqa: ASYNC110 - the broker tells nobody
+            await asyncio.sleep(0.01)
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        assert await values(mq, "dlq") == [1]
+        assert await positions(mq) == {("in", 0): 2}
+
+
+@run
+async def test_a_partition_that_waited_and_is_being_given_back_hands_out_nothing_when_process_has_ended() -> None:
+    revoked: list[int] = []
+    release = asyncio.Event()
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        raise Poison
+
+    async def on_revoked(partitions: list[tuple[str, int]]) -> None:
+        revoked.extend(index for _, index in partitions)
+        await release.wait()
+
+    policy = RetryPolicy(backoff=60, max_backoff=60)
+    async with (
+        world(2, partitions=2, release_ms_max=30_000) as (b, mq),
+        idemq.connect(b.url) as one,
+        one.subscribe("in", group="g", retry=policy, on_revoked=on_revoked) as sub,
+    ):
+        working = asyncio.create_task(sub.process(handler))
+        await eventually(lambda: sub._handling is not None and len(sub._handling._held_back) == 2)
+        async with mq.subscribe("in", group="g"):
+            await eventually(lambda: len(revoked) == 1)
+            sub.stop()
+            await working
+            kept = 1 - revoked[0]
+            await mq.send("in", b"2", partition=kept)
+            handed_out = [number(message) async for message in take(sub, 2)]
+            release.set()
+            assert handed_out == [kept, 2]
+
+
+@run
 async def test_who_resumes_a_partition_that_waits_gets_its_message_early_or_later_and_loses_none() -> None:
     """A retry is the early one; a parked message still has its time, and is held back again."""
     seen: list[tuple[int, int]] = []
@@ -1129,10 +1194,11 @@ async def test_a_partition_in_a_long_pause_is_given_back_at_once(kind: str) -> N
         await eventually(lambda: len(tried) == 2)
         async with mq.subscribe("in", group="g", retry=policy) as other:
             await (other.process if kind == "process" else other.run)(handler, until_idle=0.5)
-        assert len(tried) == 3
-        assert tried[2][1] == 2
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
+            assert len(tried) == 3
+            assert tried[2][1] == 2
+            working.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await working
 
 
 @run
@@ -1355,6 +1421,25 @@ async def test_what_is_no_dead_letter_is_neither_requeued_nor_dropped_and_takes_
         assert await letters.requeue([Place(0, 0)]) == 1
         assert await letters.drop([Place(0, 1)]) == 1
         assert await left(letters) == [7]
+
+
+@run
+async def test_dead_letters_that_come_while_others_are_read_are_not_among_those_that_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or whoever sends all back sent those back, too, that fail again meanwhile, as long as there are others."""
+    monkeypatch.setattr(dead_letters, "TRANSACTION_MESSAGES_MAX", 1)
+    async with world() as (_, mq):
+        await mq.create_topic("letters", partitions=2)
+        for n in range(6):
+            await mq.send("letters", b"%d" % n, partition=min(n, 1))
+        found: list[int] = []
+        async for message in DeadLetters(mq, "letters").left():
+            found.append(number(message))
+            if message.partition == 0:
+                await mq.send("letters", b"99", partition=0)
+                await mq.ping()  # whoever waits for it has it
+        assert sorted(found) == list(range(6))
 
 
 @run
