@@ -1,6 +1,7 @@
-"""What every test shares: how Hypothesis searches, and the real input."""
+"""What every test shares: how Hypothesis searches, what SIGINT does, and the real input."""
 
 import lzma
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,10 @@ import pytest
 # No deadline: the machine is shared, and a slow example is not a wrong one. A failure prints how to replay it.
 hypothesis.settings.register_profile("idemq", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("idemq")
+
+# Whatever a shell script starts with `&` ignores SIGINT, and so does whatever that starts in turn.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
