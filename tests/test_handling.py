@@ -17,7 +17,7 @@ import pytest
 
 import idemq
 import idemq.sync
-from idemq import Message, Record, RetryPolicy, Transaction
+from idemq import Message, Record, RetryPolicy, Subscription, Transaction
 from idemq.client import dead_letters, handling, wire
 from idemq.client.dead_letters import DEAD_LETTER, DeadLetters, Place, facts
 from idemq.testing import Link
@@ -1042,6 +1042,11 @@ async def test_attempts_of_what_is_behind_a_dead_letter_that_is_not_stored_yet_d
         assert await positions(mq) == {("in", 0): 2}
 
 
+def held_back(sub: Subscription) -> list[Any]:
+    """The partitions of which nothing is handed out for a while."""
+    return [one.name for one in sub._source.reader.readings.values() if one.paused]
+
+
 @run
 async def test_a_partition_that_waited_and_is_being_given_back_hands_out_nothing_when_process_has_ended() -> None:
     revoked: list[int] = []
@@ -1061,7 +1066,7 @@ async def test_a_partition_that_waited_and_is_being_given_back_hands_out_nothing
         one.subscribe("in", group="g", retry=policy, on_revoked=on_revoked) as sub,
     ):
         working = asyncio.create_task(sub.process(handler))
-        await eventually(lambda: sub._handling is not None and len(sub._handling._held_back) == 2)
+        await eventually(lambda: len(held_back(sub)) == 2)
         async with mq.subscribe("in", group="g"):
             await eventually(lambda: len(revoked) == 1)
             sub.stop()
@@ -1080,7 +1085,7 @@ async def test_who_resumes_a_partition_that_waits_gets_its_message_early_or_late
     tasks: list[asyncio.Task[None]] = []
 
     async def resume(topic: str) -> None:
-        await eventually(lambda: sub._handling is not None and bool(sub._handling._held_back))
+        await eventually(lambda: bool(held_back(sub)))
         await sub.resume(topic, 0)
 
     async def handler(message: Message, tx: Transaction) -> None:
@@ -1097,6 +1102,7 @@ async def test_who_resumes_a_partition_that_waits_gets_its_message_early_or_late
         seen.clear()
         async with world(6) as (_, mq), mq.subscribe("in", "parking", group="g", retry=policy) as sub:
             await sub.process(handler, until_idle=0.2)
+            await asyncio.gather(*tasks)
             assert Counter(seen) == dict.fromkeys([*[(n, 1) for n in range(6)], (2, 2)], 1)
             assert sorted(await values(mq)) == list(range(6))
 
