@@ -158,13 +158,23 @@ def free_port() -> int:
 # --------------------------------------------------------------------------------------------------------- usage
 
 
-def test_without_arguments_help_is_printed_and_nothing_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_help_is_printed_and_nothing_was_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main([]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
         assert f"\n  {name.ljust(width)}  {command.about}\n" in shown.err
+
+
+def test_help_keeps_to_the_width(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    for argv in ([], ["dlq"], *(name.split() for name in COMMANDS)):
+        assert main([*argv, "--help"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 70, argv
 
 
 def test_help_names_every_command_and_none_that_a_later_version_brings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,11 +571,37 @@ def test_what_others_named_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "a\\tb\tevil\\x1b[2J\\nx\n"
 
 
-def test_progress_shows_rate_and_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_progress_is_cut_to_the_width_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    now = 100.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    progress = output.Progress("lines")
+    for columns, expected in ((20, "1,000 lines, 1,000/"), (80, "1,000 lines, 500/s, much that is told of them")):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        now += 1.0
+        progress.update(1000, extra="much that is told of them")
+        shown = sys.stderr.getvalue().split("\r")[-1]  # type: ignore[attr-defined]
+        assert shown == f"{expected}\x1b[K"
+        assert len(expected) < columns
+
+
+def test_a_paragraph_has_lines_of_the_width_on_a_terminal_and_one_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    for stream, expected in (
+        (Terminal(), "Seen --without-dedup and\nthen idemq\\x1b.\n"),
+        (io.StringIO(), "Seen --without-dedup and then idemq\\x1b.\n"),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        output.tell("Seen --without-dedup and then idemq\x1b.")
+        assert stream.getvalue() == expected
+
+
+def test_progress_shows_rate_and_time_left_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
     for stream, expected in ((Terminal(), "\r2,000 lines, 1,000/s, 25%, 0:06 left\x1b[K\r\x1b[K"), (io.StringIO(), "")):
@@ -1136,6 +1172,10 @@ def test_healthcheck_asks_the_broker_of_its_environment(broker: Broker, free_por
     assert idemq_command("healthcheck", IDEMQ_HTTP_PORT="0").returncode == 1
     assert idemq_command("healthcheck", IDEMQ_HTTP_PROT="0").returncode == 1
     assert idemq_command("healthcheck", "--url", broker.url).returncode == 0
+    # A URL counts before them, given either way.
+    assert idemq_command("healthcheck", IDEMQ_URL=broker.url, IDEMQ_HTTP_PORT=str(free_port)).returncode == 0
+    elsewhere = {"IDEMQ_URL": f"idemq://127.0.0.1:{free_port}", "IDEMQ_HTTP_PORT": str(broker.http_port)}
+    assert idemq_command("healthcheck", "--timeout", "0.3", **elsewhere).returncode == 1
     done = idemq_command("healthcheck", "--url", f"idemq://127.0.0.1:{free_port}", "--timeout", "0.3")
     assert done.returncode == 1
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from argparse import REMAINDER, SUPPRESS, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from . import demo, dlq, group, probe, producer, pub, serve, sub, topic, verify
 from .arguments import COMMON, Command, Delegated, Parser, add_common, nearest
 from .errors import INTERRUPTED, OK, USAGE, explain
-from .output import plain
+from .output import listing, plain
 
 ABOUT = "A self-hosted message broker for effectively-once processing: what is sent again is stored once."
 
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     top = Parser("idemq", ABOUT)
-    top.usage = "idemq [--url URL] [--token TOKEN] [--timeout SECONDS] [--json] COMMAND ..."
-    top.epilog = f"commands:\n{_listing(list(COMMANDS))}\n\n`idemq COMMAND --help` tells more."
+    top.usage = "idemq [OPTIONS] COMMAND ..."
+    top.epilog = f"commands:\n{_listing(COMMANDS)}\n\n`idemq COMMAND --help` tells more."
     add_common(top, COMMON)
     top.add_argument("--version", action="store_true", help="print the version")
     top.add_argument("words", nargs=REMAINDER, help=SUPPRESS)
@@ -86,8 +86,8 @@ def _dispatch(argv: list[str]) -> int:
     family = [known for known in COMMANDS if known.startswith(f"{name} ")]
     if family:
         if not words or words[0] in ("-h", "--help"):
-            listing = f"usage: idemq {name} COMMAND ...\n\n{_listing(family)}\n"
-            (sys.stdout if words else sys.stderr).write(listing)
+            shown = f"usage: idemq {name} COMMAND ...\n\n{_listing(family)}\n"
+            (sys.stdout if words else sys.stderr).write(shown)
             return OK if words else USAGE
         name = f"{name} {words.pop(0)}"
     command = COMMANDS.get(name)
@@ -108,6 +108,5 @@ def _dispatch(argv: list[str]) -> int:
     return command.run(parser.parse(words, Namespace(**(defaults | before))))
 
 
-def _listing(names: list[str]) -> str:
-    width = max(map(len, names))
-    return "\n".join(f"  {name.ljust(width)}  {COMMANDS[name].about}" for name in names)
+def _listing(names: Iterable[str]) -> str:
+    return listing({name: COMMANDS[name].about for name in names})

@@ -10,11 +10,12 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import USAGE, CommandError
+from .output import columns, wrapped
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=raw)
+        shown = "\n".join(wrapped(description, columns()))
+        super().__init__(prog=prog, description=shown, allow_abbrev=False, formatter_class=raw)
 
     @property
     def options(self) -> list[str]:
@@ -33,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         """One line, and where to read more."""
         self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
-    def parse(self, argv: list[str], known: argparse.Namespace) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str], known: argparse.Namespace | None = None) -> argparse.Namespace:
         """The arguments of a command, added to those that stood before it."""
         args, extra = self.parse_known_intermixed_args(argv, known)
         if extra:

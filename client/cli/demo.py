@@ -30,7 +30,7 @@ from .arguments import Command, Parser
 from .demo_groups import EffectsResult, GroupResult, compare, kill, read_back
 from .errors import FAILURE, OK, CommandError
 from .loader import CHUNK, TOPIC, Said, value, write_position
-from .output import Progress, emit, record, say
+from .output import Progress, emit, record, say, tell
 
 MESSAGES = 20_000
 PARTITIONS = 3
@@ -221,8 +221,10 @@ def _demo(args: Namespace) -> int:
 
 def _load(args: Namespace, seed: int) -> Result:
     act = "" if args.without_dedup else "Act one. "
-    say(f"{act}A broker, a worker that loads {MESSAGES:,} messages, and a network between them that cuts, loses")
-    say(f"replies and delivers late. Both processes are killed on the way. Seed {seed}.")
+    tell(
+        f"{act}A broker, a worker that loads {MESSAGES:,} messages, and a network between them that cuts, loses "
+        f"replies and delivers late. Both processes are killed on the way. Seed {seed}."
+    )
 
     async def load(directory: Path, progress: Progress) -> Result:
         demo = _Demo(seed, not args.without_dedup, directory, progress)
@@ -238,8 +240,10 @@ def _load(args: Namespace, seed: int) -> Result:
 
 def _work(args: Namespace, seed: int) -> GroupResult:
     count, workers = demo_groups.MESSAGES, demo_groups.WORKERS
-    say(f"Act two. A group of {workers} workers turns each of {count:,} messages into another one, behind such a")
-    say("network. Workers are killed, or stopped until others have their partitions and then woken up: zombies.")
+    tell(
+        f"Act two. A group of {workers} workers turns each of {count:,} messages into another one, behind such a "
+        "network. Workers are killed, or stopped until others have their partitions and then woken up: zombies."
+    )
     result = _timed(seed, count, lambda directory, progress: demo_groups.groups(seed, directory, progress))
     if not args.json:
         record(args, {f"groups_{name}": value for name, value in asdict(result).items()})
@@ -249,9 +253,11 @@ def _work(args: Namespace, seed: int) -> GroupResult:
 
 def _effects(args: Namespace, seed: int) -> int:
     count, workers = demo_groups.EFFECTS, demo_groups.WORKERS
-    say(f"A group of {workers} workers writes each of {count:,} messages to a database in two ways: as a plain row,")
-    say("and as a row with message.uid as its key (ON CONFLICT DO NOTHING). Then it commits its position.")
-    say(f"Workers and the broker are killed on the way. Seed {seed}.")
+    tell(
+        f"A group of {workers} workers writes each of {count:,} messages to a database in two ways: as a plain row, "
+        "and as a row with message.uid as its key (ON CONFLICT DO NOTHING). Then it commits its position. Workers and "
+        f"the broker are killed on the way. Seed {seed}."
+    )
     result = _timed(seed, count, lambda directory, progress: demo_groups.effects(seed, directory, progress))
     if args.json:
         emit(asdict(result) | {"ok": result.shown})
@@ -282,45 +288,51 @@ def _fields(result: Result) -> dict[str, Any]:
 def _conclude(result: Result) -> None:
     """What was promised, what was seen, and what follows."""
     if result.lost or result.unexpected or (result.dedup and result.duplicated):
-        say(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
+        tell(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
     elif not result.tried:
-        say(f"FAILED: too little went wrong for this to show anything. Try another seed than {result.seed}.")
+        tell(f"FAILED: too little went wrong for this to show anything. Try another seed than {result.seed}.")
     elif not result.shown:
         what = "no retry had to be absorbed" if result.dedup else "no duplicate was made"
-        say(f"FAILED: {what}, so nothing was shown. Try another seed than {result.seed}.")
+        tell(f"FAILED: {what}, so nothing was shown. Try another seed than {result.seed}.")
     elif result.dedup:
-        say("Promised: what is sent again is stored once, whatever is killed and whatever the network does.")
-        say(f"Shown: {result.messages_in:,} messages sent, and each found exactly once when the log was read back,")
-        say(f"although {result.retries_absorbed:,} of them were sent again: the broker knew them by their numbers.")
-        say("Not shown, nor promised: the loss of the disk.")
-        say(f"The same kind of faults without dedup: idemq demo --without-dedup --seed {result.seed}")
+        tell("Promised: what is sent again is stored once, whatever is killed and whatever the network does.")
+        tell(
+            f"Shown: {result.messages_in:,} messages sent, and each found exactly once when the log was read back, "
+            f"although {result.retries_absorbed:,} of them were sent again: the broker knew them by their numbers."
+        )
+        tell("Not shown, nor promised: the loss of the disk.")
+        tell(f"The same kind of faults without dedup: idemq demo --without-dedup --seed {result.seed}")
     else:
-        say(f"Shown: without dedup retries stored {result.duplicated:,} messages again, and nothing was lost.")
-        say("That is at least once, and what a retry does where nobody remembers numbers.")
-        say(f"The same kind of faults with dedup: idemq demo --seed {result.seed}")
+        tell(f"Shown: without dedup retries stored {result.duplicated:,} messages again, and nothing was lost.")
+        tell("That is at least once, and what a retry does where nobody remembers numbers.")
+        tell(f"The same kind of faults with dedup: idemq demo --seed {result.seed}")
 
 
 def _conclude_groups(result: GroupResult, seed: int) -> None:
     if result.broken:
-        say(f"FAILED: the promise does not hold. Please report this, with --seed {seed}.")
+        tell(f"FAILED: the promise does not hold. Please report this, with --seed {seed}.")
     elif not result.shown:
-        say(f"FAILED: too little went wrong for this to show anything. Try another seed than {seed}.")
+        tell(f"FAILED: too little went wrong for this to show anything. Try another seed than {seed}.")
     else:
-        say("Promised: what a worker makes of a message is stored together with its group's position, or not at all.")
-        say(f"Shown: {result.inputs:,} messages, and exactly one output of each when the log was read back, although")
-        say(f"{result.zombies_refused} zombies came with results that others had stored by then: they were refused.")
-        say("Not promised: once for what a worker does elsewhere, as in your database. See: idemq demo --effects")
+        tell("Promised: what a worker makes of a message is stored together with its group's position, or not at all.")
+        tell(
+            f"Shown: {result.inputs:,} messages, and exactly one output of each when the log was read back, although "
+            f"{result.zombies_refused} zombies came with results that others had stored by then: they were refused."
+        )
+        tell("Not promised: once for what a worker does elsewhere, as in your database. See: idemq demo --effects")
 
 
 def _conclude_effects(result: EffectsResult) -> None:
     if result.broken:
-        say(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
+        tell(f"FAILED: the promise does not hold. Please report this, with --seed {result.seed}.")
     elif not result.shown:
-        say(f"FAILED: nothing was doubled, or too little went wrong. Try another seed than {result.seed}.")
+        tell(f"FAILED: nothing was doubled, or too little went wrong. Try another seed than {result.seed}.")
     else:
-        say(f"Shown: {result.plain_doubled:,} plain rows too many. When a worker is killed behind its write and before")
-        say("the commit of its position, another one is handed the same messages: at least once. No broker can know.")
-        say("With message.uid as the key there is none: it stays the same, however often a message is delivered.")
+        tell(
+            f"Shown: {result.plain_doubled:,} plain rows too many. When a worker is killed behind its write and before "
+            "the commit of its position, another one is handed the same messages: at least once. No broker can know."
+        )
+        tell("With message.uid as the key there is none: it stays the same, however often a message is delivered.")
 
 
 def _arguments(parser: Parser) -> None:

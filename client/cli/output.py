@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,33 @@ def say(text: str) -> None:
     """A sentence for people, on stderr."""
     sys.stderr.write(f"{plain(text)}\n")
     sys.stderr.flush()
+
+
+def tell(paragraph: str) -> None:
+    """Sentences for people, on stderr: a terminal gets them in lines of its width, a pipe in one."""
+    for line in wrapped(plain(paragraph), columns()) if sys.stderr.isatty() else [plain(paragraph)]:
+        sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def wrapped(paragraph: str, columns: int, indent: str = "") -> list[str]:
+    """Its lines; `indent` stands before all but the first. Words, options with dashes in them too, stay whole."""
+    return textwrap.wrap(paragraph, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def columns() -> int:
+    """The width of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
+def listing(names: Mapping[str, str]) -> str:
+    """Names and what is said about them, for a help text."""
+    width = max(map(len, names))
+    return "\n".join(
+        line
+        for name, about in names.items()
+        for line in wrapped(f"  {name.ljust(width)}  {about}", columns(), " " * (width + 4))
+    )
 
 
 def emit(document: Any) -> None:
@@ -153,7 +182,8 @@ class Progress:
             line += f", {min(done / self.total, 1):.0%}, {left // 60}:{left % 60:02} left"
         if extra:
             line += f", {extra}"
-        sys.stderr.write(f"\r{line}\x1b[K")
+        # A line that the terminal must wrap could not be taken back; the last column stays free for the cursor.
+        sys.stderr.write(f"\r{line[: columns() - 1]}\x1b[K")
         sys.stderr.flush()
         self._drawn = True
 

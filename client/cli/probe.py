@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import time
 from argparse import Namespace
 
@@ -12,6 +13,7 @@ from . import reach
 from .arguments import Command
 from .errors import FAILURE, OK, CommandError
 from .output import moment, record
+from .reach import URL_VARIABLE
 
 PING_TIMEOUT_S = 3.0
 """Somebody is waiting for the answer, and Docker for 5 s at most."""
@@ -36,7 +38,7 @@ def _ask(args: Namespace) -> dict[str, float]:
 def _healthcheck(args: Namespace) -> int:
     """0 healthy, 1 not: the codes that Docker knows."""
     try:
-        if args.url is not None:
+        if args.url or os.environ.get(URL_VARIABLE):
             _ask(args)
         else:
             _ask_http(args.timeout or PING_TIMEOUT_S)
@@ -55,7 +57,7 @@ def _ask_http(timeout: float) -> None:
     except ConfigError as error:
         raise CommandError(str(error)) from error
     if not config.http_port:
-        raise CommandError("http_port is 0, so its port is not known here: name the broker with --url.")
+        raise CommandError("http_port is 0, so its port is not known here: name the broker with --url or IDEMQ_URL.")
     place = f"{config.host}:{config.http_port}"
     # A broker that listens everywhere (0.0.0.0) is reached here by that same address.
     connection = http.client.HTTPConnection(config.host, config.http_port, timeout=timeout)
@@ -74,7 +76,7 @@ COMMANDS = (
     Command("ping", "ask the broker whether it is there", lambda parser: None, _ping),
     Command(
         "healthcheck",
-        "0 when the broker of this environment (or of --url) is healthy, else 1",
+        "0 when the broker is healthy, else 1; without a URL: the one of this environment's settings",
         lambda parser: None,
         _healthcheck,
     ),

@@ -18,6 +18,7 @@ from ..wire import ADMIN_TOKEN_FILE, DATA_DIR
 from .errors import AUTH, UNREACHABLE, CommandError
 from .output import say
 
+URL_VARIABLE = "IDEMQ_URL"
 TIMEOUT_S = 10.0
 PATIENCE_S = 1.0
 """After this time without a broker a person is told what is waited for."""
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 def run(args: Namespace, work: Callable[[Client], Awaitable[T]]) -> T:
     """Do something with a connected client. Raises IdemqError, or CommandError naming the broker it did not reach."""
-    url = args.url or os.environ.get("IDEMQ_URL") or DEFAULT_URL
+    url = args.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
     address = Address(url)
     shown = f"{f'[{address.host}]' if ':' in address.host else address.host}:{address.port}"
     token, unreadable = _token(args, address)
