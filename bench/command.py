@@ -9,9 +9,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from idemq.client.cli.arguments import Parser, count, nearest
+from idemq.client.cli.output import listing
+
 from . import figures, groups
 from .figures import Plan, Row
-from .measure import machine
+from .measure import fsync_ms, machine
 
 FIGURES = {**figures.FIGURES, **groups.FIGURES}
 
@@ -20,11 +23,12 @@ QUICK_SCALE = 0.02
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
     names = list(FIGURES) if arguments.figure == "all" else [arguments.figure]
     rounds = arguments.rounds or (2 if arguments.quick else 5)
     plan = Plan(tuple(arguments.size or (100, 1024)), rounds, QUICK_SCALE if arguments.quick else 1.0)
-    where = machine(tempfile.gettempdir())
+    directory = tempfile.gettempdir()
+    where = machine(directory) | {"fsync_ms": f"{fsync_ms(directory):.2f}"}
     if not arguments.json:
         print("  ".join(f"{name} {value}" for name, value in where.items()))
         print(f"median (min to max) of {rounds} rounds")
@@ -52,29 +56,25 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="idemq bench",
-        description="Measure this machine, on a broker of its own in $TMPDIR. Compare ratios taken in one run.",
+def _parser() -> Parser:
+    parser = Parser(
+        "idemq bench",
+        "Measure this machine, on a broker of its own in $TMPDIR. Compare ratios taken in one run. "
+        "All figures take about half an hour, with --quick about two minutes.",
     )
+    abouts = {name: (measure.__doc__ or "").partition("\n")[0] for name, measure in FIGURES.items()}
+    parser.epilog = f"figures:\n{listing(abouts)}"
+    parser.add_argument("figure", metavar="FIGURE", nargs="?", default="all", type=_figure, help="default all")
     parser.add_argument(
-        "figure", nargs="?", default="all", choices=["all", *FIGURES], help="which figures (default all)"
+        "--size", type=count, action="append", metavar="BYTES", help="of a value; may be repeated (default 100, 1024)"
     )
-    parser.add_argument(
-        "--size",
-        type=_positive,
-        action="append",
-        metavar="BYTES",
-        help="of a value; may be repeated (default 100, 1024)",
-    )
-    parser.add_argument("--rounds", type=_positive, help="rounds of each figure (default 5, with --quick 2)")
+    parser.add_argument("--rounds", type=count, metavar="N", help="rounds of each figure (default 5, with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="a small part of the messages: does it work here?")
     parser.add_argument("--json", action="store_true", help="one JSON document")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+def _figure(text: str) -> str:
+    if text != "all" and text not in FIGURES:
+        raise argparse.ArgumentTypeError(f"there is no figure {text!r}{nearest(text, FIGURES)}")
+    return text

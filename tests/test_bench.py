@@ -22,7 +22,24 @@ def test_each_figure_is_measured(figure: str, capsys: pytest.CaptureFixture[str]
         assert row["low"] > 0 or (row["unit"] == "messages" and row["low"] == 0), row  # a lag may be nothing
 
 
-def test_a_wrong_figure_is_a_usage_error() -> None:
+def test_the_head_names_what_bounds_most_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["send", "--quick", "--rounds", "1", "--size", "100"]) == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert float(dict(field.split() for field in head.split("  "))["fsync_ms"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["sendd"], "there is no figure 'sendd': did you mean send? (see idemq bench --help)"),
+        (["--rounds", "0"], "'0' is no whole number above 0"),
+        (["--rouds=1"], "'--rouds=1' is not expected here: did you mean --rounds?"),
+    ],
+)
+def test_a_usage_error_is_one_line(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["nonsense"])
+        main(argv)
     assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1

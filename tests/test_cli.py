@@ -206,7 +206,7 @@ def test_what_a_later_version_brings_is_no_command(name: str, capsys: pytest.Cap
     assert f"there is no command {name!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bench",)])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help"]) == 0
     shown = capsys.readouterr().out
