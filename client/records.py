@@ -47,10 +47,11 @@ class Record(NamedTuple):
 
 class Receipt(NamedTuple):
     """A message is stored. `offset` and `timestamp` (the broker's, in ms since 1970) are None when it was stored before
-    and is no longer among the remembered results."""
+    and its result is not remembered; `partition` is then the one that it was given or that its key leads to, and None
+    when that could be any, or the topic is not known here yet."""
 
     topic: str
-    partition: int
+    partition: int | None
     offset: int | None
     seq: int | None
     timestamp: int | None

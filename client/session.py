@@ -617,7 +617,7 @@ class Session:
         producer.check_alive()
         seq = self._next_seq(producer, record.seq)
         if seq is None:
-            self._join(producer, topic, record, waiter, deadline, tally)
+            self._join(now, producer, topic, record, waiter, deadline, tally)
             assert record.seq is not None
             return record.seq
         known = self.topic(now, topic)
@@ -745,10 +745,11 @@ class Session:
         try:
             for topic, record in sends:
                 seq = self._next_seq(producer, record.seq)
-                index = self._partition(producer, topic, record)
                 if seq is None:
-                    duplicates.append(Receipt(topic.name, index, None, record.seq, None, True))
+                    before = self._partition_before(producer, topic, record)
+                    duplicates.append(Receipt(topic.name, before, None, record.seq, None, True))
                     continue
+                index = self._partition(producer, topic, record)
                 part = commit.part(topic, index, seq)
                 commit.order.append((part, len(part.values)))
                 part.add(record.value, record.key, record.headers, seq)
@@ -807,7 +808,14 @@ class Session:
         return None if seq <= producer.highest else seq
 
     def _join(
-        self, producer: Producer, topic: str, record: Record, waiter: Waiter, deadline: float, tally: Tally | None
+        self,
+        now: float,
+        producer: Producer,
+        topic: str,
+        record: Record,
+        waiter: Waiter,
+        deadline: float,
+        tally: Tally | None,
     ) -> None:
         """A number that was given before: wait for that record, or answer that it is stored."""
         producer.duplicates += 1
@@ -839,7 +847,9 @@ class Session:
                         self._wake(deadline)
                         return
                 break
-        self._complete(waiter, Receipt(topic, record.partition or 0, None, seq, None, True))
+        if waiter is not None:
+            partition = self._partition_before(producer, self.topic(now, topic), record)
+            self._complete(waiter, Receipt(topic, partition, None, seq, None, True))
 
     def _tail(self, now: float, producer: Producer, topic: str, size: int) -> QueuedCommit:
         """The open commit that takes the next record of this topic."""
@@ -872,6 +882,14 @@ class Session:
         if sticky is None:
             sticky = producer.sticky[topic.name] = self._rng.randrange(topic.partitions)
         return sticky % topic.partitions
+
+    def _partition_before(self, producer: Producer, topic: Topic | None, record: Record) -> int | None:
+        """Where a record went that was stored before, if there is one partition only that it goes to."""
+        if record.partition is not None:
+            return record.partition
+        if topic is None or (record.key is None and topic.partitions > 1):
+            return None
+        return self._partition(producer, topic, record)
 
     def _resolve(self, producer: Producer, commit: QueuedCommit, topic: Topic) -> None:
         """The topic is known now: give the commit's records their partitions."""

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from math import inf
 from random import Random
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -740,12 +741,37 @@ def test_c8_given_numbers_that_are_stored_are_not_sent() -> None:
     script.send(producer, "9", seq=9)
     script.send(producer, "10", seq=10)
     assert script.commits == []
-    assert script.told["9"] == Receipt("t", 0, None, 9, None, True)
+    assert script.told["9"] == Receipt("t", None, None, 9, None, True), "nothing was asked about the topic yet"
     tally = script.many(producer, *[Record(b"x", seq=n) for n in range(8, 13)])
     assert script.links == [(10, 11), (11, 12)]
     script.answer(stored())
     script.answer(stored())
     assert (tally.stored, tally.duplicates, producer.last_seq) == (2, 3, 12)
+
+
+def test_c8_what_was_stored_before_names_a_partition_only_if_there_is_one_that_it_goes_to() -> None:
+    script = Script({"one": 1, "three": 3})
+    script.connect()
+    producer = script.producer(last_seq=10)
+    keyed = crc32(b"k") % 3
+    assert keyed
+    given = [{"partition": 2}, {"key": b"k"}, {}]
+    for learnt, topic, expected in (
+        ("", "three", [2, None, None]),
+        ("three", "three", [2, keyed, None]),
+        ("one", "one", [2, 0, 0]),
+    ):
+        if learnt:
+            script.send(producer, learnt, topic=learnt, seq=producer.highest + 1, partition=0)
+            script.answer(stored())
+        for number, record in enumerate(given):
+            script.send(producer, str(number), topic=topic, seq=number, **record)
+        assert [script.told.pop(str(number)).partition for number in range(3)] == expected
+    three = Topic("three", 8, 3)
+    sends = [(three, Record(b"", seq=number, **record)) for number, record in enumerate(given)]
+    script.session.transact(script.now, producer, sends, (), None, "all", inf)
+    script.pump()
+    assert [one.partition for one in script.told["all"]] == [2, keyed, None]
 
 
 def test_c8_a_number_in_line_is_waited_for() -> None:

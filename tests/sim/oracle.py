@@ -606,7 +606,9 @@ class Oracle:
         if place is None:
             raise Violation(f"record {ask.number} was acknowledged and is not durable: {receipt}")
         (topic_id, partition), offset = place
-        if receipt.offset is not None:
+        if receipt.partition is None and receipt.offset is not None:
+            raise Violation(f"record {ask.number} was acknowledged with an offset in no partition: {receipt}")
+        if receipt.offset is not None and receipt.partition is not None:
             log = life.logs.get((topic_id, receipt.partition), ())
             if ask.producer.dedup:
                 right = receipt.offset == offset and receipt.partition == partition
