@@ -28,6 +28,19 @@ OUTPUT_BYTES_MAX = 64 << 10
 TERMINATE_SECONDS_MAX = 20.0
 """How long a broker may take after SIGTERM: the 8 s it promises, and room for a busy machine."""
 
+_RUN = """
+import os, signal, sys, threading
+
+def end_with_parent():
+    os.read(0, 1)  # nothing is ever written: the other end is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=end_with_parent, daemon=True).start()
+from idemq.broker.__main__ import main
+sys.exit(main())
+"""
+"""`python -m idemq.broker`, for as long as its stdin is open: a process that is killed leaves no broker behind."""
+
 
 class BrokerFailed(Exception):
     """A broker did not start, or did not stop. The text ends with the last of what it wrote on stderr."""
@@ -41,7 +54,7 @@ class BrokerProcess:
             await broker.restart()          # same directory, same ports: clients find it again
 
     `arguments` go to `python -m idemq.broker` after the ones named here. Raises BrokerFailed if the broker ends, or is
-    not ready within `ready_seconds_max`. Leaving `async with` terminates it.
+    not ready within `ready_seconds_max`. Leaving `async with` terminates it, and so does the end of this process.
     """
 
     def __init__(
@@ -101,12 +114,12 @@ class BrokerProcess:
         if self.running:
             raise RuntimeError("the broker is running")
         self._errors.clear()
-        command = [sys.executable, "-m", "idemq.broker", "--host", self.host]
+        command = [sys.executable, "-c", _RUN, "--host", self.host]
         command += ["--port", str(self.port), "--http-port", str(self.http_port), "--data-dir", str(self.data_dir)]
         process = self._process = await asyncio.create_subprocess_exec(
             *command,
             *self.arguments,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -439,7 +439,8 @@ def test_78_configuration(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_130_ctrl_c_is_quiet(broker: Broker, topic: str) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_130_ctrl_c_and_143_sigterm_are_quiet(broker: Broker, topic: str, number: signal.Signals, code: int) -> None:
     broker.lines("pub", topic, "x")
     for argv in (["sub", topic], ["pub", topic]):
         with broker.popen(*argv) as process:
@@ -452,8 +453,8 @@ def test_130_ctrl_c_is_quiet(broker: Broker, topic: str) -> None:
                 process.stdin.write(b"x\n")
                 process.stdin.flush()
                 wait_for(lambda: len(broker.lines("sub", topic, "--exit-at-end")) == 2)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(SECONDS_MAX) == 130
+            process.send_signal(number)
+            assert process.wait(SECONDS_MAX) == code
             assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 

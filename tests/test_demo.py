@@ -1,11 +1,17 @@
 """`idemq demo`, each way, and that it says so when nothing was shown."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +22,7 @@ from idemq.testing import Faults
 pytestmark = pytest.mark.process
 
 SEED = 20261123
+SECONDS_MAX = 60.0
 GOOD = demo.Result(1, True, 10, 10, retries_absorbed=1, broker_kills=1, loader_kills=1, cuts=1, replies_lost=1)
 GOOD_GROUPS = demo.GroupResult(10, 10, worker_kills=1, broker_kills=1, zombies=1, zombies_refused=1, cuts=1)
 GOOD_EFFECTS = demo.EffectsResult(1, 10, 11, plain_doubled=1, keyed_rows=10, worker_kills=1, broker_kills=1, cuts=1)
@@ -134,20 +141,64 @@ def test_a_worker_that_fails_is_no_success(capsys: pytest.CaptureFixture[str], m
     assert "UNKNOWN_TOPIC" in shown.err
 
 
-def test_a_worker_does_not_outlive_its_demo() -> None:
+@pytest.mark.parametrize(("module", "argument"), [("worker", "worker"), ("loader", "9")])
+def test_what_the_demo_kills_does_not_outlive_it(module: str, argument: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # what says nothing is waited for
-        code = "from idemq.client.cli.worker import main; main()"
+        code = f"from idemq.client.cli.{module} import main; main()"
         url = f"idemq://127.0.0.1:{silent.getsockname()[1]}"
-        with subprocess.Popen([sys.executable, "-c", code, url, "worker"], stdin=subprocess.PIPE) as process:
+        with subprocess.Popen([sys.executable, "-c", code, url, argument], stdin=subprocess.PIPE) as process:
             try:
                 peer, _ = silent.accept()
                 with peer:
                     assert process.poll() is None
                     assert process.stdin is not None
                     process.stdin.close()
-                    assert process.wait(30) == 1
+                    assert process.wait(SECONDS_MAX) == 1
             finally:
                 process.kill()
+
+
+def at_work_in(directory: Path) -> list[int]:
+    """Processes that were given something in this directory."""
+    commands = ((int(path.parent.name), path) for path in Path("/proc").glob("[0-9]*/cmdline"))
+    found = []
+    for pid, path in commands:
+        with suppress(OSError):  # it ended meanwhile
+            if os.fsencode(directory) in path.read_bytes():
+                found.append(pid)
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS_MAX
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("argv", "lines"), [(["demo"], 2), (["bench", "send", "--quick"], 3)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_whatever_ends_it_leaves_no_process(
+    argv: list[str], lines: int, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "idemq.client.cli", *argv]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    # As a shell script's background job, which ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            assert process.stdout is not None
+            for _ in range(lines):  # then it is in the middle of it
+                assert process.stdout.readline()
+            wait_for(lambda: bool(at_work_in(tmp_path)))
+            process.send_signal(number)
+            assert process.wait(SECONDS_MAX) == code
+        finally:
+            process.kill()
+    wait_for(lambda: not at_work_in(tmp_path))
+    assert number is signal.SIGKILL or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

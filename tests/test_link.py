@@ -779,7 +779,7 @@ while True:
 
 @pytest.fixture
 def pretended_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`python -m idemq.broker` is a script that behaves as badly as its flags say. Returns a data directory."""
+    """The broker is a script that behaves as badly as its flags say. Returns a data directory."""
     script = tmp_path / "python"
     script.write_text(BROKER.format(python=sys.executable))
     script.chmod(0o700)

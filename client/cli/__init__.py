@@ -6,14 +6,16 @@ Nothing of the broker is imported before a command needs it, so that `idemq ping
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import REMAINDER, SUPPRESS, Namespace
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 from . import demo, dlq, group, probe, producer, pub, serve, sub, topic, verify
 from .arguments import COMMON, Command, Delegated, Parser, add_common, nearest
-from .errors import INTERRUPTED, OK, USAGE, explain
+from .errors import INTERRUPTED, OK, TERMINATED, USAGE, explain
 from .output import listing, plain
 
 ABOUT = "A self-hosted message broker for effectively-once processing: what is sent again is stored once."
@@ -39,11 +41,34 @@ COMMANDS: dict[str, Command | Delegated] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Never raises for what a user can do."""
+    with _terminated_as_interrupted() as terminated:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+    return TERMINATED if code == INTERRUPTED and terminated else code
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[list[int]]:
+    """Have SIGTERM do what Ctrl-C does: children are ended, temporary directories removed. Yields those that came."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        handler = signal.getsignal(signal.SIGINT)  # asyncio has its own; a shell's background job ignores it
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: list[str]) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding lacks is printed escaped
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+            code = _dispatch(argv)
         except SystemExit as end:  # argparse: help was printed, or what is wrong
             code = end.code if isinstance(end.code, int) else USAGE
         sys.stdout.flush()

@@ -170,7 +170,7 @@ class _Demo:
         code = "from idemq.client.cli.loader import main; main()"
         command = [sys.executable, "-c", code, url, str(MESSAGES), *position]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
         try:
             yield process
         finally:

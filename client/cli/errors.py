@@ -1,6 +1,7 @@
 """What a command tells the shell: an exit code and one sentence on stderr. Knows the exceptions, no command.
 
-0 ok, 1 failure, 2 usage, 3 fenced, 69 unreachable, 75 retry later, 77 auth, 78 configuration or data directory.
+0 ok, 1 failure, 2 usage, 3 fenced, 69 unreachable, 75 retry later, 77 auth, 78 configuration or data directory;
+130 by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ AUTH = 77
 CONFIGURATION = 78
 INTERRUPTED = 130
 """128 + SIGINT, as every shell shows it."""
+TERMINATED = 143
+"""128 + SIGTERM."""
 
 EXIT_CODES: tuple[tuple[type[IdemqError], int], ...] = (
     (ProducerFenced, FENCED),

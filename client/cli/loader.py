@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,8 @@ def write_position(path: Path, done: int) -> None:
 
 
 async def _load(url: str, count: int, position: Path | None) -> None:
+    # Its stdin ends with the demo, whatever ended that: nobody would ever end this one.
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), os._exit, 1)
     stored = duplicates = 0
     async with connect(url, timeout=TIMEOUT_S) as mq:
         if position is None:
