@@ -142,7 +142,7 @@ def status(server: Server) -> dict[str, Any]:
         "version": __version__,
         "uptime_s": server.uptime_s,
         "ready": server.ready,
-        "alarm": server.core.alarm,
+        "alarm": server.alarm,
         "connections": server.core.connections,
         "connections_total": counts.connections_total,
         "bytes_in": counts.bytes_in,
@@ -155,6 +155,7 @@ def status(server: Server) -> dict[str, Any]:
         "record_bytes": counts.record_bytes,
         "group_commits": counts.group_commits,
         "group_failures": counts.group_failures,
+        "damage_met": counts.damage_met,
         "commit_s": counts.commit_seconds,
         "store_bytes": space.used_bytes,
         "store_bytes_max": server.config.store_bytes_max,
@@ -179,6 +180,7 @@ _METRICS = (
     ("records_total", "counter", "Records stored.", "records"),
     ("record_bytes_total", "counter", "Bytes of the batches stored.", "record_bytes"),
     ("group_failures_total", "counter", "Group commits of which nothing was stored.", "group_failures"),
+    ("damage_met_total", "counter", "Answers that told a client of damage in the store.", "damage_met"),
     ("store_bytes", "gauge", "Bytes in use in the store.", "store_bytes"),
     ("store_limit_bytes", "gauge", "Size at which appends are refused.", "store_bytes_max"),
     ("disk_free_bytes", "gauge", "What the store can still write.", "disk_bytes"),
@@ -196,7 +198,7 @@ def metrics(server: Server) -> str:
         "# HELP idemq_alarm 1 while an operator must look: see /api/status.",
         "# TYPE idemq_alarm gauge",
         f"idemq_alarm {int(bool(figures['alarm']))}",
-        "# HELP idemq_refusals_total Requests refused, by code.",
+        "# HELP idemq_refusals_total Requests refused, by code. OPEN_RACE is normal: the client asks again by itself.",
         "# TYPE idemq_refusals_total counter",
     ]
     lines += [f'idemq_refusals_total{{code="{code}"}} {count}' for code, count in figures["refusals"].items()]

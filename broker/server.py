@@ -50,6 +50,8 @@ SWEEP_MS = 250
 """How often deadlines of connections are looked at, and so how late they may strike."""
 LIVE_MS = 1000
 """Somebody writes, if there was a group commit within this time: catch-up reads are then paced."""
+LOG_MS = 1000
+"""What may happen again and again is logged at most once in this time."""
 ACCEPT_BACKLOG = 1024
 KEEPALIVE_S = 15
 """Silence after which a peer is probed, and again after each probe; gone after KEEPALIVE_PROBES without an answer."""
@@ -73,6 +75,7 @@ class Counts:
         self.refusals: Counter[str] = Counter()
         self.group_commits = 0
         self.group_failures = 0
+        self.damage_met = 0
         self.commit_seconds = 0.0
         self.commit_buckets = [0] * (len(COMMIT_SECONDS) + 1)
 
@@ -318,6 +321,8 @@ class _Peer(asyncio.Protocol):
             counts.duplicates += message.duplicate
         elif type(message) is Failed:
             counts.refusals[message.code] += 1
+            if message.code == Code.STORE_DAMAGED:
+                self._server.met_damage(message.text)
         self.closing = close
 
     def answer(self, read: Read) -> None:
@@ -333,6 +338,9 @@ class _Peer(asyncio.Protocol):
 
     def _put_fetched(self, correlation: int, parts: list[wire.Part], payload: list[bytes]) -> None:
         self._unanswered -= 1
+        for part in parts:
+            if part.code == Code.STORE_DAMAGED:
+                self._server.met_damage(part.text)
         self._out.append(wire.encode(correlation, wire.Fetched(parts), sum(map(len, payload))))
         self._out += payload
 
@@ -493,7 +501,10 @@ class Server:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._alarm = ""
-        self._accept_logged_ms = 0
+        self._damage = ""
+        """What was met first. It stays: nothing here mends it."""
+        self._damage_logged_ms = -LOG_MS
+        self._accept_logged_ms = -LOG_MS
         self._hot = HotTail()
         self._live_until_ms = 0
         self._groups: SimpleQueue[Group | None] = SimpleQueue()
@@ -517,6 +528,20 @@ class Server:
     def uptime_s(self) -> float:
         """Seconds since the start."""
         return (self.now().mono_ms - self._started_ms) / 1000
+
+    @property
+    def alarm(self) -> str:
+        """Why an operator must look; empty: nothing is wrong."""
+        return "; ".join(filter(None, (self.core.alarm, self._damage)))
+
+    def met_damage(self, text: str) -> None:
+        """A client was told that what it wants is damaged: tell the operator, too."""
+        self.counts.damage_met += 1
+        self._damage = self._damage or f"damage was met: {text}"
+        now_ms = self.now().mono_ms
+        if now_ms - self._damage_logged_ms >= LOG_MS:
+            self._damage_logged_ms = now_ms
+            log.error("damage was met: %s", text)
 
     def _new_core(self) -> Core:
         return Core(self.store, self._limits, self._access_token, f"idemq {__version__}")
@@ -587,7 +612,7 @@ class Server:
         error = context.get("exception")
         if isinstance(error, OSError) and "handle" not in context:
             now_ms = self.now().mono_ms
-            if now_ms - self._accept_logged_ms >= 1000:
+            if now_ms - self._accept_logged_ms >= LOG_MS:
                 self._accept_logged_ms = now_ms
                 log.warning("%s: %s", context["message"], error)
             return

@@ -220,7 +220,7 @@ def test_a_fetch_that_waits_is_answered_on_time_while_the_disk_is_busy() -> None
 
 
 @pytest.mark.parametrize("hot", [True, False])
-def test_damage_is_told_for_its_partition_only(hot: bool) -> None:
+def test_damage_is_told_for_its_partition_only_and_to_the_operator(hot: bool, caplog: pytest.LogCaptureFixture) -> None:
     store = Held()
     with Running(store) as running, running.connect() as client:
         client.create("t", 2)
@@ -243,6 +243,26 @@ def test_damage_is_told_for_its_partition_only(hot: bool) -> None:
         assert "row 7" in damaged.text
         assert (good.partition, good.code, len(good.batches)) == (0, "", 2)
         assert isinstance(client.call(*client.commit(4)), Committed)
+        client.call(Fetch([Range(client.topic_id, 1, 0)], 1000, 0))
+        told = "damage was met: row 7 does not match its checksum"
+        assert [one.message for one in caplog.records if one.levelname == "ERROR"] == [told], (
+            "it is not said again soon"
+        )
+        assert json.loads(running.get("/api/status")[2])["alarm"] == told
+        assert {b"idemq_alarm 1", b"idemq_damage_met_total 2"} <= set(running.get("/metrics")[2].splitlines())
+        assert running.get("/readyz")[0] == 200, "what is not damaged is served"
+
+
+def test_a_damaged_row_that_refuses_a_request_is_told_to_the_operator() -> None:
+    store = Held()
+    with Running(store) as running, running.connect() as client:
+
+        def broken(*_: Any) -> Any:
+            raise Damaged("row 8 does not match its checksum")
+
+        store.producer_id = broken  # type: ignore[method-assign]
+        assert client.call(wire.Open("p", "session", 0)).code == Code.STORE_DAMAGED
+        assert json.loads(running.get("/api/status")[2])["alarm"] == "damage was met: row 8 does not match its checksum"
 
 
 @pytest.mark.parametrize("hot", [True, False])
