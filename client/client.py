@@ -289,8 +289,9 @@ class Client:
 
     async def seek_group(
         self, name: str, topic: str, to: Start, *, partition: int | None = None, timeout: float | None = None
-    ) -> None:
+    ) -> dict[int, int]:
         """Set a group's position in a topic (or in one partition of it): an offset, "earliest", "latest" or a time.
+        Returns {partition: the position that was set}.
 
         Members go on from there; what they had in hand cannot be committed any more. A group that is not there yet has
         its place then, before anybody joins it.
@@ -305,9 +306,11 @@ class Client:
         wanted = [ends.index for ends in info.partitions if partition in (None, ends.index)]
         positions = [await place(engine, info, index, to, limit) for index in wanted]  # refused before any is set
         leases = {TopicPartition(one.topic_id, one.partition): one.lease for one in await engine.offsets(name, limit)}
+        found = {}
         for index, position in zip(wanted, positions, strict=True):
             key = TopicPartition(info.id, index)
-            await seek(engine, name, key, leases.get(key, 0), position, limit)
+            found[index] = await seek(engine, name, key, leases.get(key, 0), position, limit)
+        return found
 
     async def delete_group(self, name: str, *, timeout: float | None = None) -> None:
         """Forget a group's positions. Raises UnknownGroup, and InvalidRequest while it has members."""
@@ -384,12 +387,14 @@ class Client:
         return self._timeout if timeout is None else check_timeout(timeout)
 
 
-async def seek(engine: Engine, group: str, key: TopicPartition, lease: int, to: int, timeout: float) -> None:
-    """Compare and swap; with the lease that it has become, if it changed since we looked. Raises BrokerBusy."""
+async def seek(engine: Engine, group: str, key: TopicPartition, lease: int, to: int, timeout: float) -> int:
+    """Compare and swap; with the lease that it has become, if it changed since we looked. Returns the position.
+
+    Raises BrokerBusy.
+    """
     for _ in range(SEEKS_MAX):
         try:
-            await engine.seek(group, key, lease, to, timeout)
-            return
+            return (await engine.seek(group, key, lease, to, timeout)).next
         except ProducerFenced as race:  # OPEN_RACE
             current = race.details.get("epoch")
             assert isinstance(current, int)

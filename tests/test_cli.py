@@ -18,8 +18,8 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -32,6 +32,7 @@ import idemq
 from idemq.client.cli import COMMANDS, errors, main, output, reach, sub
 from idemq.client.connection import Address
 from idemq.client.wire import ADMIN_TOKEN_FILE
+from idemq.testing import Link
 
 from .support import eventually, run
 
@@ -381,6 +382,62 @@ def test_75_a_numbered_load_whose_broker_went_can_be_run_again(tmp_path: Path) -
         assert broker.lines("sub", "t", "--exit-at-end") == ["one", "two"]
 
 
+def test_1_what_may_be_stored_and_has_no_number_is_to_be_looked_for(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as broker:
+        broker.lines("topic", "create", "t")
+        with silenced(broker, replies=4) as url:  # to Hello, Ping, Metadata and Open
+            done = idemq_command("pub", "t", "one", "--timeout", "1", "--url", url)
+        assert broker.lines("sub", "t", "--exit-at-end") == ["one"]
+        with broker.popen("pub", "t", "--timeout", "1") as load:
+            assert load.stdin is not None
+            assert load.stderr is not None
+            load.stdin.write(b"two\n")
+            load.stdin.flush()
+            wait_for(lambda: len(broker.lines("sub", "t", "--exit-at-end")) == 2)
+            broker.process.kill()
+            broker.process.wait(SECONDS_MAX)
+            load.stdin.write(b"three\n")
+            load.stdin.close()
+            code, said = load.wait(SECONDS_MAX), load.stderr.read().decode()
+    assert "1 lines were sent before: 1 stored now, 0 stored before.\n" in said
+    assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
+    assert (code, said.count("\n")) == (errors.FAILURE, 2)
+    for text in (done.stderr, said):
+        assert "may be stored, or not. Look before it is sent again (idemq sub t)" in text
+        assert "--producer" in text
+        assert "await" not in text
+
+
+def test_75_what_does_no_harm_when_repeated_is_to_be_repeated(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as broker, silenced(broker, replies=2) as url:  # to Hello and Ping
+        done = idemq_command("topic", "create", "t", "--timeout", "1", "--url", url)
+    assert done.returncode == errors.RETRY_LATER
+    assert "Run the same command again. (OUTCOME_UNKNOWN)" in done.stderr
+    assert "await" not in done.stderr
+
+
+@contextmanager
+def silenced(broker: Broker, replies: int) -> Iterator[str]:
+    """A URL behind which the broker hears everything, and only the first of its replies to each connection arrive."""
+
+    async def forward() -> None:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        host, _, port = broker.url.removeprefix("idemq://").partition(":")
+        async with Link(host, int(port)) as link:
+            link.lose_replies(after_frames=replies, cut_seconds=None, connections=100)
+            place.set_result((link.url, lambda: loop.call_soon_threadsafe(stopped.set)))
+            await stopped.wait()
+
+    place: Future[tuple[str, Callable[[], object]]] = Future()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, forward())
+        url, stop = place.result(SECONDS_MAX)
+        try:
+            yield url
+        finally:
+            stop()
+
+
 def test_77_auth(tmp_path: Path) -> None:
     with serving(tmp_path / "data", IDEMQ_TOKEN="secret") as broker:
         for more, seen in (({}, "none was sent"), ({"IDEMQ_TOKEN": "wrong"}, "the one that was sent is wrong")):
@@ -486,6 +543,7 @@ def test_every_exception_has_its_exit_code() -> None:
         idemq.BrokerBusy: 75,
         idemq.StoreFull: 75,
         idemq.QuotaExceeded: 75,
+        idemq.OutcomeUnknown: 75,
         idemq.AuthError: 77,
         idemq.PermissionDenied: 77,
         idemq.InvalidRequest: 2,
@@ -638,6 +696,15 @@ def test_what_destroys_asks_first(broker: Broker, topic: str, verb: str) -> None
     assert (code, messages()) == (0, 0 if verb == "purge" else None)
     if verb == "rm":
         assert broker.idemq("topic", "rm", topic, "--yes").returncode == errors.FAILURE
+
+
+def test_what_is_done_to_what_is_gone_is_said_as_json(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, "--producer", topic, input="1\n")
+    broker.lines("sub", topic, "-g", topic, "-n", "1")
+    assert broker.json("group", "rm", topic, "--yes") == {"deleted": topic}
+    assert broker.json("producer", "rm", topic, "--yes") == {"deleted": topic}
+    assert broker.json("topic", "purge", topic, "--yes") == {"purged": topic}
+    assert broker.json("topic", "rm", topic, "--yes") == {"deleted": topic}
 
 
 def test_forgetting_a_producer_asks_and_says_what_it_costs(broker: Broker, topic: str) -> None:
@@ -1109,6 +1176,25 @@ def test_where_a_group_goes_on_is_set(broker: Broker, topic: str) -> None:
         assert done.returncode == errors.USAGE
         assert says in done.stderr
         assert committed(broker, topic)[0] == 3
+
+
+def test_a_seek_tells_what_it_set_and_not_what_a_member_made_of_it(
+    broker: Broker, topic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker.lines("pub", topic, input="1\n2\n3\n")
+    broker.lines("sub", topic, "-g", topic, "--exit-at-end")
+    seek = idemq.Client.seek_group
+
+    async def and_then_it_goes_on(mq: idemq.Client, name: str, *args: Any, **more: Any) -> dict[int, int]:
+        found = await seek(mq, name, *args, **more)
+        await seek(mq, name, topic, "latest")
+        return found
+
+    monkeypatch.setattr(idemq.Client, "seek_group", and_then_it_goes_on)
+    monkeypatch.setenv("IDEMQ_URL", broker.url)
+    assert main(["group", "seek", topic, topic, "--to", "1", "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"topic": topic, "partition": 0, "before": 3, "next": 1}]
+    assert committed(broker, topic) == {0: 3}
 
 
 def test_a_group_is_given_its_place_before_anybody_joins_it_if_that_is_what_was_meant(

@@ -596,9 +596,9 @@ async def test_an_administrator_seeks_and_members_go_on_from_there() -> None:
     async with world(partitions=2, messages=20) as (_, mq):
         async with mq.subscribe("t", group="g") as sub:
             await sub.commit(await take(sub, 20))
-            await mq.seek_group("g", "t", 3, partition=1)
+            assert await mq.seek_group("g", "t", 3, partition=1) == {1: 3}
             assert values(await take(sub, 7)) == list(range(7, 20, 2))
-            await mq.seek_group("g", "t", "latest")
+            assert await mq.seek_group("g", "t", "latest") == {0: 10, 1: 10}
             assert await positions(mq) == {("t", 0): 10, ("t", 1): 10}
             await mq.seek_group("g", "t", "earliest", partition=0)
             assert values(await take(sub, 10)) == list(range(0, 20, 2))

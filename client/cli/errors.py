@@ -11,6 +11,7 @@ from ..errors import (
     ConnectionLost,
     IdemqError,
     InvalidRequest,
+    OutcomeUnknown,
     PermissionDenied,
     ProducerFenced,
     RetriableError,
@@ -35,6 +36,7 @@ EXIT_CODES: tuple[tuple[type[IdemqError], int], ...] = (
     (ProducerFenced, FENCED),
     (ConnectionLost, UNREACHABLE),
     (RetriableError, RETRY_LATER),
+    (OutcomeUnknown, RETRY_LATER),
     (AuthError, AUTH),
     (PermissionDenied, AUTH),
     (InvalidRequest, USAGE),
@@ -57,7 +59,9 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return str(error), error.exit_code
     if isinstance(error, IdemqError):
         code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), FAILURE)
-        text = f"{error.text.rstrip('.')}. {error.remedy}".strip(". ")
+        # What an error offers to a program is none of a shell's; `pub` says itself what repeating it does.
+        remedy = "Run the same command again" if isinstance(error, OutcomeUnknown) else error.remedy
+        text = f"{error.text.rstrip('.')}. {remedy}".strip(". ")
         return f"{text}. ({error.code})", code
     if isinstance(error, BrokerFailed):
         return str(error), FAILURE

@@ -11,7 +11,7 @@ from ..errors import UnknownGroup
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, index, nearest, start, text
 from .errors import OK, CommandError
-from .output import emit, number, record, table, text_or_base64
+from .output import done, emit, number, record, table, text_or_base64
 
 _SHOWN = {"next": number, "before": number}
 
@@ -83,42 +83,29 @@ def _seek(args: Namespace) -> int:
             "in hand cannot be committed.",
         )
 
-    async def seek(mq: Client) -> dict[int, int] | None:
-        await mq.seek_group(args.name, args.topic, args.to, partition=args.partition)
-        return await _positions(mq, args)
-
-    after = reach.run(args, seek) or {}
+    # What was set, and not what is there now: a member may have gone on meanwhile.
+    after = reach.run(args, lambda mq: mq.seek_group(args.name, args.topic, args.to, partition=args.partition))
     rows = [(args.topic, one, (before or {}).get(one), next) for one, next in after.items()]
     table(args, ("topic", "partition", "before", "next"), rows, _SHOWN)
     return OK
 
 
 async def _known_positions(mq: Client, args: Namespace) -> dict[int, int] | None:
-    """As `_positions`. Raises CommandError for a group that has none in this topic, unless it is to be new there."""
+    """{partition: next}; None: there is no such group.
+
+    Raises CommandError for a group that has no position in this topic, unless it is to be new there.
+    """
     await mq.describe_topic(args.topic)
     try:
-        topics = _topics(await mq.describe_group(args.name))
+        group = await mq.describe_group(args.name)
     except UnknownGroup:
         if args.create:
             return None
         hint = nearest(args.name, [one.name for one in await mq.groups()]) or "."
         raise CommandError(f"There is no group {args.name}{hint} With --create a new one begins there.") from None
-    if args.topic not in topics and not args.create:
+    if args.topic not in _topics(group) and not args.create:
         raise CommandError(f"Group {args.name} has no position in topic {args.topic}: with --create it begins there.")
-    return await _positions(mq, args)
-
-
-async def _positions(mq: Client, args: Namespace) -> dict[int, int] | None:
-    """{partition: next} of what is asked for; None: there is no such group."""
-    try:
-        group = await mq.describe_group(args.name)
-    except UnknownGroup:
-        return None
-    return {
-        one.partition: one.next
-        for one in group.offsets
-        if one.topic == args.topic and args.partition in (None, one.partition)
-    }
+    return {one.partition: one.next for one in group.offsets if one.topic == args.topic}
 
 
 def _rm(args: Namespace) -> int:
@@ -134,6 +121,7 @@ def _rm(args: Namespace) -> int:
         "end: whoever reads in its name begins anew, and messages are skipped or handled again.",
     )
     reach.run(args, lambda mq: mq.delete_group(args.name))
+    done(args, "deleted", args.name)
     return OK
 
 

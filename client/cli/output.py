@@ -93,6 +93,12 @@ def record(args: Namespace, fields: Mapping[str, Any], shown: Shown | None = Non
             sys.stdout.write(f"{name.replace('_', ' ').ljust(width)}  {_show(name, value, shown)}\n")
 
 
+def done(args: Namespace, verb: str, name: str) -> None:
+    """What was done to something, which is gone now: said as JSON, `{"deleted": NAME}`, and else by the exit code."""
+    if args.json:
+        emit({verb: name})
+
+
 def _raw(value: Any) -> str:
     if value is None:
         return "-"

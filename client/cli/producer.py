@@ -10,7 +10,7 @@ from ..engine import ProducerInfo
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, text
 from .errors import OK
-from .output import moment, number, record, table, text_or_base64
+from .output import done, moment, number, record, table, text_or_base64
 
 _SHOWN = {"id": number, "epoch": number, "last_seq": number, "last_seen": moment}
 
@@ -43,6 +43,7 @@ def _rm(args: Namespace) -> int:
             "what it sent before is stored a second time if it is sent again.",
         )
     reach.run(args, lambda mq: mq.delete_producer(args.name))
+    done(args, "deleted", args.name)
     return OK
 
 

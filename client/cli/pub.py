@@ -41,11 +41,25 @@ def _pub(args: Namespace) -> int:
             USAGE,
         )
     if value is not None:
-        receipt = reach.run(args, lambda mq: mq.send(args.topic, value, key=key))
+        try:
+            receipt = reach.run(args, lambda mq: mq.send(args.topic, value, key=key))
+        except OutcomeUnknown as error:
+            raise _unknown(args, error) from error
         record(args, receipt._asdict(), {"timestamp": moment, "offset": number, "seq": number})
     else:
         reach.run(args, lambda mq: _lines(args, mq, key))
     return OK
+
+
+def _unknown(args: Namespace, error: OutcomeUnknown) -> CommandError:
+    """What may be stored and may be not: sending it again is right where numbers tell."""
+    if args.producer is not None:
+        text = f"{error.text}. Run the same command again: what is stored will be skipped. ({error.code})"
+        return CommandError(text, RETRY_LATER)
+    return CommandError(
+        f"{error.text}: what was not answered may be stored, or not. Look before it is sent again (idemq sub "
+        f"{args.topic}). With --producer, running the same command again stores nothing twice. ({error.code})"
+    )
 
 
 async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
@@ -80,11 +94,8 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
                 progress.clear()
                 if lines:
                     say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
-                if isinstance(error, OutcomeUnknown) and args.producer is not None:
-                    raise CommandError(
-                        f"{error.text}. Run the same command again: what is stored will be skipped. ({error.code})",
-                        RETRY_LATER,
-                    ) from error
+                if isinstance(error, OutcomeUnknown):
+                    raise _unknown(args, error) from error
                 raise
         last_seq = producer.last_seq
     if lines < known:

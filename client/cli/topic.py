@@ -11,7 +11,7 @@ from ..errors import TopicExists
 from . import reach
 from .arguments import Command, Parser, add_yes, byte_count, confirm, count, span, text
 from .errors import OK, USAGE, CommandError
-from .output import duration, emit, number, record, size, table
+from .output import done, duration, emit, number, record, size, table
 
 _SHOWN = {"id": number, "bytes": size, "retention": duration, "retention_bytes": size}
 
@@ -104,12 +104,14 @@ def _ask(args: Namespace, verb: str) -> None:
 def _purge(args: Namespace) -> int:
     _ask(args, "removes everything in")
     reach.run(args, lambda mq: mq.purge_topic(args.name))
+    done(args, "purged", args.name)
     return OK
 
 
 def _rm(args: Namespace) -> int:
     _ask(args, "deletes")
     reach.run(args, lambda mq: mq.delete_topic(args.name))
+    done(args, "deleted", args.name)
     return OK
 
 
