@@ -61,7 +61,7 @@ def test_links_point_to_files_that_exist() -> None:
 @pytest.mark.process
 def test_the_examples_run_as_they_stand(tmp_path: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 4
 
     async def ran(example: str, url: str) -> bytes:
         script = tmp_path / "example.py"
@@ -83,5 +83,7 @@ def test_the_examples_run_as_they_stand(tmp_path: Path) -> None:
                     topic.name: sum(one.next - one.earliest for one in topic.partitions) for topic in await mq.topics()
                 }
             assert ends["orders"] == ends["enriched"] == ends["lengths"] > 0
+            assert ends["orders.dlq"] == ends["orders"] - ends["bills"] == 2
+            assert ends["notes"] == 2
 
     asyncio.run(run())

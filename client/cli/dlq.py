@@ -13,7 +13,7 @@ from ..records import Message
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, text
 from .errors import OK, USAGE, CommandError
-from .output import emit, moment, number, plain, record, say, table, text_or_base64
+from .output import columns, emit, moment, number, plain, record, say, table, text_or_base64, wrapped
 
 _SHOWN = {"time": moment, "offset": number}
 _COLUMNS = ("place", "time", "topic", "partition", "offset", "group", "attempts", "error", "reason")
@@ -118,6 +118,17 @@ def _places_arguments(parser: Parser) -> None:
     parser.add_argument("--all", action="store_true", help="all that are left")
 
 
+def _requeue_arguments(parser: Parser) -> None:
+    _places_arguments(parser)
+    parser.epilog = "\n".join(
+        wrapped(
+            "What goes back is a new message, with a uid of its own: every group of its topic gets it, those that had "
+            "handled it too.",
+            columns(),
+        )
+    )
+
+
 def _drop_arguments(parser: Parser) -> None:
     _places_arguments(parser)
     add_yes(parser)
@@ -126,6 +137,6 @@ def _drop_arguments(parser: Parser) -> None:
 COMMANDS = (
     Command("dlq ls", "list the dead letters that are left in a topic", _topic, _ls),
     Command("dlq show", "show a dead letter: the message, why it failed, the traceback", _show_arguments, _show),
-    Command("dlq requeue", "send dead letters back to where they came from, each once", _places_arguments, _requeue),
+    Command("dlq requeue", "send dead letters back to where they came from, each once", _requeue_arguments, _requeue),
     Command("dlq drop", "take dead letters out for good", _drop_arguments, _drop),
 )
