@@ -261,9 +261,9 @@ class WatchedSession(Session):
                 COUNTS[f"session: {what} when its producer ends ({error.code})"] += 1
         super()._end_producer(producer, error, unknown=unknown)
 
-    def _join(self, producer: Any, topic: str, record: Any, waiter: Any, *rest: Any) -> None:
+    def _join(self, now: float, producer: Any, topic: str, record: Any, waiter: Any, *rest: Any) -> None:
         told = len(self._completions)
-        super()._join(producer, topic, record, waiter, *rest)
+        super()._join(now, producer, topic, record, waiter, *rest)
         if waiter is not None:
             what = "answered at once (C8)" if len(self._completions) > told else "joined"
             COUNTS[f"session: a number given before is {what}"] += 1
