@@ -752,11 +752,14 @@ class Core:
             group.hold(member, key, row.lease)
             self._put_offset(OffsetKey(request.group, *key), row)
         for key in list(member.held):
-            # What it does not report it has given back; but what it is to hold it has only not heard of yet. Of one
-            # that joins it is not known yet what it is to hold.
-            if not request.topics or not (joins or key in reported or key in member.targets):
-                self._give_back(request.group, group, key)
-                changed = True
+            # What it does not report it has given back; but what it is to hold it has only not heard of yet, unless it
+            # has told of an attempt there. Of one that joins it is not known yet what it is to hold.
+            if request.topics and key in reported:
+                continue
+            if request.topics and (joins or key in member.targets) and not self._held_row(request.group, key).turns:
+                continue
+            self._give_back(request.group, group, key)
+            changed = True
         if not request.topics:
             del group.members[member.name]
         if changed:
@@ -848,12 +851,15 @@ class Core:
                 holder.topics |= {key.topic_id}
                 group.hold(holder, key, row.lease)
 
-    def _give_back(self, name: str, group: ConsumerGroup, key: TopicPartition) -> None:
-        position = OffsetKey(name, *key)
-        row = self._offset(position)
+    def _held_row(self, name: str, key: TopicPartition) -> OffsetRow:
+        row = self._offset(OffsetKey(name, *key))
         assert row is not None, "what is held has a row"
+        return row
+
+    def _give_back(self, name: str, group: ConsumerGroup, key: TopicPartition) -> None:
+        row = self._held_row(name, key)
         group.drop(key)
-        self._put_offset(position, groups.released(row))
+        self._put_offset(OffsetKey(name, *key), groups.released(row))
 
     def _assignment(
         self, name: str, group: ConsumerGroup, member: Member, reported: dict[TopicPartition, wire.Held]
@@ -945,11 +951,7 @@ class Core:
 
     def _end_uncleanly(self, name: str, group: ConsumerGroup, member: Member) -> None:
         """Whatever a member that vanished held is free, and what it may have had in hand is remembered."""
-        in_hand_max, rows = member.in_hand_max, {}
-        for key in member.held:
-            row = self._offset(OffsetKey(name, *key))
-            assert row is not None, "what is held has a row"
-            rows[key] = row
+        in_hand_max, rows = member.in_hand_max, {key: self._held_row(name, key) for key in member.held}
         for key, row in rows.items():
             group.drop(key)
             if in_hand_max is None:  # it may be that it ended well, while no broker was there to be told

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any, NamedTuple
 
-from idemq.client.wire import Code, Failed, Held, Offset, Seek, TopicPartition
+from idemq.client.wire import NUMBER_MAX, Code, Failed, Held, Offset, Seek, TopicPartition
 
 
 class OffsetKey(NamedTuple):
@@ -37,11 +37,13 @@ class OffsetRow(NamedTuple):
     """The lease before this one, and where it ended: what its holder is told with LEASE_LOST."""
     ended_at: int
     attempts: int = 0
-    """Failed attempts at the message at `next`."""
+    """Attempts at the message at `next` that failed, or that their member did not survive."""
     suspects_end: int = 0
     """Messages below it may have been in hand when a member ended uncleanly."""
     sought_by: str = ""
     """The nonce of the last Seek: its repetition is told from another's."""
+    turns: int = 0
+    """How often an attempt began or ended under this lease: odd, while one at the message at `next` is under way."""
 
 
 # ------------------------------------------------------------------------------------------------- rules of one row
@@ -53,25 +55,31 @@ def beginning(start: int) -> OffsetRow:
 
 
 def granted(row: OffsetRow, member: str, number: int) -> OffsetRow:
-    """Rule 14: the row once `member` holds it. `number` is the next of the counter."""
-    return row._replace(lease=number, holder=member, ended_lease=row.lease, ended_at=row.next)
+    """Rule 14: the row once `member` holds it. `number` is the next of the counter.
+
+    What is under way here was told too late, by somebody who is gone: how its lease ended was judged before.
+    """
+    return row._replace(lease=number, holder=member, ended_lease=row.lease, ended_at=row.next, turns=0)
 
 
 def released(row: OffsetRow) -> OffsetRow:
-    """The row after its holder gave it back, or was told to. The lease still commits until somebody else has one."""
-    return row._replace(holder="")
+    """The row after its holder gave it back, or was told to. The lease still commits until somebody else has one.
+
+    An attempt under way is cut short and does not count, unless it is yet told to have failed.
+    """
+    return row._replace(holder="", turns=row.turns + row.turns % 2)
 
 
 def ended_uncleanly(row: OffsetRow, end: int, in_hand_max: int) -> OffsetRow:
     """The row after its holder vanished. `end` is the partition's, `in_hand_max` what the member promised.
 
     All that may have been in hand are suspected and nobody is blamed, not even a single one: it may have come after
-    its holder died. A member handles a suspect with nothing else in its hands, and stores the attempt
-    (`Offset.attempts`) BEFORE it begins. So whoever kills its worker then is counted, and nobody else is.
+    its holder died. A member handles a suspect with nothing else in its hands, and stores that the attempt is under way
+    BEFORE it begins. So whoever kills its worker then is counted, and nobody else is.
     """
-    row = released(row)
+    row = released(row._replace(attempts=min(row.attempts + row.turns % 2, NUMBER_MAX)))
     if row.next >= end or row.next < row.suspects_end:
-        return row  # nothing was there, or a suspect, whose attempts are stored already
+        return row  # nothing was there, or a suspect, which counts for itself
     return row._replace(suspects_end=min(end, row.next + max(in_hand_max, 1)))
 
 
@@ -104,15 +112,17 @@ def refusal(row: OffsetRow | None, entry: Offset, forward_only: bool) -> Failed 
 
 
 def moved(row: OffsetRow, entry: Offset) -> OffsetRow:
-    """The row after the entry is applied. A position below the stored one does nothing (rule 15)."""
+    """The row after the entry is applied. Positions, and of one message attempts and turns, only rise (rule 15): an
+    entry that comes late, or twice, does nothing."""
     if entry.end < row.next:
         return row
+    attempts, turns = entry.attempts or 0, entry.turns
     if entry.end == row.next:
-        if entry.attempts is None or entry.attempts <= row.attempts:
+        if attempts <= row.attempts and turns <= row.turns:
             return row
-        return row._replace(attempts=entry.attempts)
+        return row._replace(attempts=max(attempts, row.attempts), turns=max(turns, row.turns))
     metadata = row.metadata if entry.metadata is None else entry.metadata
-    return row._replace(next=entry.end, metadata=metadata, attempts=entry.attempts or 0)
+    return row._replace(next=entry.end, metadata=metadata, attempts=attempts, turns=turns)
 
 
 # --------------------------------------------------------------------------------------------------------- members

@@ -24,6 +24,8 @@ Every commit writes a delta: the store's state (three u64: counter, commits, top
 that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order; a delta goes
 when its rows stand there. One that names no producer is overwritten by the next.
 
+The rows of positions that format 1 left stay as they are until they change: they lack `turns`, which is 0 then.
+
 To change the format:
  1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover,
     Position, Advance, State) or a batch's fixed header raises FORMAT_VERSION by one. tests/test_schema.py holds the

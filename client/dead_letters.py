@@ -112,7 +112,7 @@ class Parked(NamedTuple):
 def unpark(copy: Message, lease: int, stored_attempts: int) -> Parked | None:
     """The message that a copy in a parking topic stands for; None when it is no such copy.
 
-    `stored_attempts`: at the copy, by workers that died. The original is delivered once more than it was tried.
+    `stored_attempts`: at the copy. The original is delivered as what the copy is: in vain before, or suspected.
     """
     said = facts(PARKED, copy.headers)
     try:
@@ -142,7 +142,8 @@ def unpark(copy: Message, lease: int, stored_attempts: int) -> Parked | None:
         [original_headers(PARKED, copy.headers)],
         None,
     )
-    stored.delivery = Delivery(lease, offset, attempts, 0)
+    suspected = copy.offset < copy[0].delivery.suspects_end
+    stored.delivery = Delivery(lease, offset, attempts, offset + suspected)
     (message,) = stored.messages(0, 1)
     return Parked(group, attempts, delay_s, message)
 

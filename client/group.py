@@ -11,6 +11,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
+from math import inf
 from typing import Any, Literal
 
 from . import wire
@@ -31,7 +32,18 @@ Callback = Callable[[list[tuple[str, int]]], Any]
 class Leased(Delivery):
     """One partition under one lease, and what of it was handed out since its messages were last taken back."""
 
-    __slots__ = ("committed", "group", "handed_round", "metadata", "pending", "planned", "reading", "state", "told")
+    __slots__ = (
+        "committed",
+        "group",
+        "handed_round",
+        "metadata",
+        "pending",
+        "planned",
+        "reading",
+        "state",
+        "told",
+        "turns",
+    )
 
     def __init__(self, group: GroupConsumer, lease: wire.Lease, topic: TopicInfo) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
@@ -51,12 +63,16 @@ class Leased(Delivery):
         """held -> releasing -> gone, or at once; stale: its messages are handed out again by another in its place."""
         self.told = False
         """The user was told that it is assigned, and not yet that it no longer is."""
+        self.turns = 0
+        """How often the broker was told that an attempt begins or has ended (`wire.Offset`): odd, while one is under
+        way, which is at `head`."""
 
     def moved(self, end: int) -> None:
         """The position is stored at `end`."""
         if end > self.committed:
             self.committed = self.head = end
             self.attempts = 0
+            self.turns += self.turns % 2
         self.planned = max(self.planned, self.committed)
 
     def again(self, lease: wire.Lease | None = None) -> Leased:
@@ -67,6 +83,7 @@ class Leased(Delivery):
         leased = Leased(self.group, lease or same, self.reading.topic)
         leased.reading.end, leased.reading.paused = self.reading.end, self.reading.paused
         leased.told = self.told
+        leased.turns = 0 if lease else self.turns
         return leased
 
 
@@ -193,6 +210,8 @@ class GroupConsumer:
         self._progress = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._commits: set[asyncio.Task[None]] = set()
+        self.endings: set[asyncio.Task[None]] = set()
+        """The broker is being told that an attempt was cut short: until it knows, nothing else is handed out."""
 
     # ----------------------------------------------------------------------------------------------- membership
 
@@ -239,10 +258,11 @@ class GroupConsumer:
         if self._member is not None:
             self._member.promise(in_hand_max)
 
-    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._run(work, *arguments))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _run(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
         """A task beside the user's loop: what goes wrong in it is told there."""
@@ -375,7 +395,11 @@ class GroupConsumer:
             raise refused
 
     def take_back(self, leased: Leased) -> None:
-        """What of a partition was handed out and not committed is handed out again."""
+        """What of a partition was handed out and not committed is handed out again. An attempt under way is over."""
+        if leased.turns % 2:
+            task = self._spawn(self._end_attempt, self._attempt(leased, leased.head, leased.attempts, begins=False))
+            self.endings.add(task)
+            task.add_done_callback(self.endings.discard)
         again = leased.again()
         leased.state = "stale"
         self._replace(again)
@@ -400,11 +424,22 @@ class GroupConsumer:
         """Everything handed out."""
         return [Move(leased, leased.committed, leased.reading.delivered) for leased in self.held.values()]
 
-    async def store_attempts(self, leased: Leased, offset: int, attempts: int, timeout: float) -> None:
-        """Count attempts at the head of a partition. Raises LeaseLost."""
-        entry = wire.Offset(self.group, *leased.reading.key, leased.lease, offset, offset, None, attempts)
-        await self._engine.commit_offsets([entry], timeout)
+    async def store_attempts(
+        self, leased: Leased, offset: int, attempts: int, timeout: float, begins: bool = False
+    ) -> None:
+        """Store how often the head of a partition was tried in vain, and that one more attempt begins, or that none is
+        under way. Raises LeaseLost."""
+        await self._engine.commit_offsets([self._attempt(leased, offset, attempts, begins)], timeout)
+
+    def _attempt(self, leased: Leased, offset: int, attempts: int, begins: bool) -> wire.Offset:
         leased.head, leased.attempts = offset, attempts
+        leased.turns += leased.turns % 2 + begins
+        key = leased.reading.key
+        return wire.Offset(self.group, *key, leased.lease, offset, offset, None, attempts, leased.turns)
+
+    async def _end_attempt(self, entry: wire.Offset) -> None:
+        with suppress(IdemqError):  # whoever loses the lease, or leaves, ends it as well
+            await self._engine.commit_offsets([entry], inf)
 
     async def seek(self, leased: Leased, to: int) -> None:
         """Set the position of a partition that is held; transactions under way there are not stored."""

@@ -382,18 +382,11 @@ class Handling:
     def _is_suspect(self, message: Message) -> bool:
         return self._policy is not None and message.offset < leased_of(message).suspects_end
 
-    async def _write_ahead(self, message: Message) -> None:
-        """A message that may have ended its worker is counted before it is handled. Raises LeaseLost."""
-        assert self._policy is not None
-        attempts = tried(message) + 1
-        if self._breaker.is_open:  # an outage must not use its attempts up
-            attempts = min(attempts, self._policy.max_attempts - 1)
-        if attempts > tried(message):
-            await self._store_attempts(message, attempts)
-
-    async def _store_attempts(self, message: Message, attempts: int) -> None:
+    async def _store_attempts(self, message: Message, attempts: int, begins: bool = False) -> None:
+        """So many attempts have failed, and none is under way; or one more begins: it counts if the worker does not
+        survive it. Raises LeaseLost."""
         with self._storage():
-            await self._group.store_attempts(leased_of(message), message.offset, attempts, inf)
+            await self._group.store_attempts(leased_of(message), message.offset, attempts, inf, begins)
 
     def _judge(self, message: Message, error: Exception, attempts: int) -> Judged:
         """What becomes of a message that failed for the `attempts`-th time, those before it was parked not counted."""
@@ -424,7 +417,7 @@ class Handling:
         policy, attempts = self._policy, tried(message) + self._parked_attempts(message)
         assert policy is not None
         assert policy.dead_letter is not None
-        reason = f"not tried again: {attempts} attempts were begun or failed, the last by a worker that is gone"
+        reason = f"not tried again: {attempts} attempts failed, or their workers did not survive them"
         why = dead_letters.Failure(self._group.group, attempts, reason, None, _wall_ms())
         return policy.dead_letter, dead_letters.dead_letter(self._shown(message) or message, why)
 

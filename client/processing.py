@@ -120,7 +120,7 @@ class _Process(Handling):
         """Call the handler for message after message. Returns what each of the first sent, and the next's error."""
         head = messages[0]
         if self._is_suspect(head):
-            await self._write_ahead(head)
+            await self._store_attempts(head, tried(head), begins=True)
         # One that has failed is handled and stored alone: if that is refused again, nothing behind it was in vain.
         failed = next((place for place, one in enumerate(messages) if tried(one)), len(messages))
         some = messages[: max(1, failed)]
@@ -210,7 +210,7 @@ class _Process(Handling):
 
     async def _failed(self, message: Message, error: Exception) -> Judged | None:
         """What becomes of a message that failed, everything before it being stored; None: it was set aside."""
-        judged = self._judge(message, error, tried(message) + (0 if self._is_suspect(message) else 1))
+        judged = self._judge(message, error, tried(message) + 1)
         if judged.send is None:
             return judged
         await self._transact([(message, self._sent(judged.send))])

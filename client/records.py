@@ -151,8 +151,7 @@ class Delivery:
 
     def attempt(self, offset: int) -> int:
         """Which delivery this may be, counted from 1."""
-        # A suspect's attempts are counted before they begin, this one among them.
-        return 1 + max(self.attempts if offset == self.head else 0, int(offset < self.suspects_end))
+        return 1 + (self.attempts if offset == self.head else 0) + int(offset < self.suspects_end)
 
 
 UNLEASED = Delivery(0, 0, 0, 0)

@@ -204,14 +204,9 @@ class _Run(Handling):
             schedule.finish(work, self._loop.time(), self._judge_spent(message))
             return
         suspect = self._is_suspect(message)
-        if suspect:
-            try:
-                await self._write_ahead(message)
-            except TransactionAborted as lost:
-                self._give_up(leased_of(message), message, lost)
-                schedule.retry(work, inf)
-                return
-            work.attempts = tried(message)
+        if suspect and not await self._tell(work, work.attempts, begins=True):
+            schedule.retry(work, inf)
+            return
         shown = self._shown(message)
         try:
             if shown is not None:
@@ -219,7 +214,10 @@ class _Run(Handling):
         except Unfinished:
             schedule.retry(work, inf)
         except Exception as error:  # noqa: BLE001 - a handler may raise anything; it is judged
-            self._settle(work, self._judge(message, error, work.attempts + (0 if suspect else 1)))
+            judged = self._judge(message, error, work.attempts + 1)
+            if suspect and judged.send is None:
+                await self._tell(work, judged.attempts)
+            self._settle(work, judged)
         else:
             self._breaker.succeeded()
             schedule.finish(work, self._loop.time())
@@ -280,17 +278,20 @@ class _Run(Handling):
         group.progressed()
         self._attempts_due = False
         for work in schedule.heads():
-            await self._note_attempts(work)
+            message = work.message
+            if work.attempts > tried(message) and leased_of(message).committed == message.offset:
+                await self._tell(work, work.attempts)
         if moving:
             self._occupied_at = self._loop.time()
 
-    async def _note_attempts(self, work: Work) -> None:
-        message, leased = work.message, leased_of(work.message)
-        if work.attempts > tried(message) and leased.committed == message.offset:
-            try:
-                await self._store_attempts(message, work.attempts)
-            except TransactionAborted as lost:
-                self._give_up(leased, message, lost)
+    async def _tell(self, work: Work, attempts: int, begins: bool = False) -> bool:
+        """See `_store_attempts`. Returns False when the lease is lost."""
+        try:
+            await self._store_attempts(work.message, attempts, begins)
+        except TransactionAborted as lost:
+            self._give_up(leased_of(work.message), work.message, lost)
+            return False
+        return True
 
     def _give_up(self, leased: Leased, message: Message, error: BaseException | None) -> None:
         """Nothing that is in hand of this partition can be committed: it is handed out again, to whoever has it."""

@@ -218,6 +218,9 @@ class Source:
             group.returned()
         idle_at = None if idle_s is None else loop.time() + idle_s
         while await reader.available(idle_at):
+            if group is not None and group.endings:
+                await asyncio.wait(group.endings)
+                continue
             if max_wait:
                 await reader.gather(max_messages, loop.time() + max_wait)
             suspect = None if group is None or not group.in_hand_max else _first_suspect(reader)

@@ -278,6 +278,9 @@ class Offset(NamedTuple):
     metadata: Token | None = None
     attempts: Count | None = None
     """Failed attempts at the message at `end`; None leaves them, and a position that moves has none."""
+    turns: Count = 0
+    """How often an attempt has begun or ended under this lease: odd, while one at the message at `end` is under way. It
+    counts as failed if the member vanishes then."""
 
 
 class Commit(NamedTuple):
@@ -365,7 +368,7 @@ class Heartbeat(NamedTuple):
     """Or at this offset."""
     in_hand_max: Count = 0
     """The member's promise: so many messages of a partition, at most, are in its hands behind the position; and one
-    below a lease's `suspects_end` is in its hands alone, its attempt stored before. 0: no promise."""
+    below a lease's `suspects_end` is in its hands alone, its attempt under way (`Offset.turns`). 0: no promise."""
     wait_ms: Annotated[int, _Range(0, WAIT_MS_MAX)] = 0
 
 
@@ -377,7 +380,7 @@ class Lease(NamedTuple):
     lease: Id
     next: Count
     attempts: Count
-    """Failed attempts at the message at `next`."""
+    """Attempts at the message at `next` that failed, or that their member did not survive."""
     suspects_end: Count
     """Below it messages may have been in hand when a member ended uncleanly: they are handled one at a time."""
     metadata: Token | None

@@ -438,6 +438,7 @@ def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) ->
     assert len(found[3]) > 1, "it has topics"
     assert len(found[7]) > 5, "it has producers"
     assert any(row.holder and row.suspects_end for _, row in found[9]), "it has positions, held, with suspects"
+    assert any(row.turns % 2 for _, row in found[9]) == (version > 1), "and since format 2 attempts under way"
 
 
 def test_an_upgrade_is_done_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,10 @@ def test_a_parked_message_is_delivered_as_what_it_was(producer: int) -> None:
     for name in ("topic", "partition", "offset", "value", "key", "headers", "timestamp", "uid"):
         assert getattr(again, name) == getattr(original, name), name
     assert (again.lease, again.attempt) == (12, 5)
+    copy[0].delivery = Delivery(12, 77, 1, copy.offset + 1)
+    suspect = dead_letters.unpark(copy, copy.lease, 1)
+    assert suspect is not None
+    assert suspect.message.attempt == 6, "the copy was in a dead worker's hands, perhaps"
     assert dead_letters.unpark(original, 0, 0) is None
     broken = copied(dead_letters.parked(original, why(), 1.5)._replace(headers={PARKED + "topic": b"t"}))
     assert dead_letters.unpark(broken, 0, 0) is None

@@ -962,6 +962,25 @@ def test_attempts_only_rise_and_go_when_the_position_moves() -> None:
     assert (lease.next, lease.attempts) == (5, 1)
 
 
+def test_what_is_told_of_attempts_late_or_twice_does_nothing() -> None:
+    cluster = Cluster()
+    topic_id = cluster.make_topic(1, messages=9)
+    worker = Worker(cluster, "a", topic_id)
+    worker.beat()
+    told = ((0, 1), (0, 2), (0, 1), (0, 3), (1, 4), (0, 3), (1, 5), (1, 4), (None, 6), (2, 0))
+    seen = []
+    for attempts, turns in told:
+        assert worker.commit(topic_id, 0, attempts=attempts, turns=turns) == STORED
+        seen.append((cluster.row(topic_id).attempts, cluster.row(topic_id).turns))
+    assert seen == [(0, 1), (0, 2), (0, 2), (0, 3), (1, 4), (1, 4), (1, 5), (1, 5), (1, 6), (2, 6)]
+    worker.commit(topic_id, 4)
+    assert (cluster.row(topic_id).attempts, cluster.row(topic_id).turns) == (0, 0)
+    worker.commit(topic_id, 0, attempts=1, turns=7)
+    assert (cluster.row(topic_id).attempts, cluster.row(topic_id).turns) == (0, 0)
+    worker.commit(topic_id, 5, 4, attempts=0, turns=7)  # behind what retention removed
+    assert (cluster.row(topic_id).next, cluster.row(topic_id).turns) == (5, 7)
+
+
 def test_attempts_are_stored_in_a_transaction_too() -> None:
     cluster = Cluster()
     topic_id = cluster.make_topic(1, messages=9)
@@ -1042,7 +1061,7 @@ def test_a_second_worker_that_dies_of_it_is_counted_by_itself_alone() -> None:
     second = Worker(cluster, "b", topic_id, in_hand_max=3)
     [lease] = second.beat().granted
     assert (lease.attempts, lease.suspects_end) == (0, 3)
-    second.commit(topic_id, 0, attempts=1)  # before it begins with the first suspect
+    second.commit(topic_id, 0, attempts=0, turns=1)  # before it begins with the first suspect
     cluster.wait(TIMEOUT_MS + 200)
     third = Worker(cluster, "c", topic_id, in_hand_max=3)
     [lease] = third.beat().granted
@@ -1059,8 +1078,120 @@ def test_what_is_taken_by_force_blames_nobody() -> None:
     one.beat()
     two.beat()
     [moving] = one.beat().revoked
+    one.commit(topic_id, 0, partition=moving.partition, attempts=0, turns=1)
     cluster.wait(700)
     assert cluster.row(*moving)[6:8] == (0, 0)
+    one.commit(topic_id, 0, partition=moving.partition, attempts=1, turns=2)
+    assert cluster.row(*moving)[6:8] == (1, 0), "it has failed, and nobody else has the lease yet"
+
+
+def at_work() -> tuple[Cluster, int, Worker]:
+    """A member that has begun with the first of two suspects."""
+    cluster = Cluster()
+    topic_id = cluster.make_topic(1, messages=2)
+    Worker(cluster, "a", topic_id, in_hand_max=2).beat()
+    cluster.wait(TIMEOUT_MS + 200)
+    worker = Worker(cluster, "b", topic_id, in_hand_max=2)
+    worker.beat()
+    assert worker.commit(topic_id, 0, attempts=0, turns=1) == STORED
+    return cluster, topic_id, worker
+
+
+def test_the_attempt_of_a_member_that_vanished_counts_once() -> None:
+    cluster, topic_id, _ = at_work()
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id)[6:8] == (1, 2)
+    assert Worker(cluster, "c", topic_id).beat().granted[0].attempts == 1
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id)[6:8] == (1, 2), "the next one has begun nothing"
+
+
+@pytest.mark.parametrize("how", ["leaves", "gives back", "ends it", "is never heard of", "is overruled"])
+def test_an_attempt_that_is_cut_short_does_not_count(how: str) -> None:
+    cluster, topic_id, worker = at_work()
+    if how == "leaves":
+        worker.leave()
+    elif how == "gives back":
+        other = Worker(cluster, "z", topic_id)
+        worker.membership._topics = [cluster.make_topic(1, "other")]  # it wants another topic from now on
+        worker.give_back(TopicPartition(topic_id, 0))
+        worker.beat()
+        other.beat()
+        other.leave()
+    elif how == "ends it":
+        assert worker.commit(topic_id, 0, attempts=0, turns=2) == STORED
+    elif how == "is never heard of":
+        cluster.restart()
+        Worker(cluster, "z", topic_id).beat()
+    else:
+        assert cluster.seek(topic_id, worker.lease(topic_id), 0).next == 0
+    cluster.wait(TIMEOUT_MS + 200)
+    row = cluster.row(topic_id)
+    assert (row.holder, row.attempts, row.turns % 2) == ("", 0, 0)
+    assert Worker(cluster, "c", topic_id).beat().granted[0].attempts == 0
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id).attempts == 0, "nor later"
+
+
+def test_after_a_restart_the_attempt_of_a_member_that_is_heard_of_counts() -> None:
+    cluster, topic_id, worker = at_work()
+    cluster.restart()
+    worker.reconnect()
+    assert worker.beat() == Changes([], [], [])
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id).attempts == 1
+
+
+def test_one_attempt_counts_once_though_its_member_comes_back() -> None:
+    cluster, topic_id, worker = at_work()
+    cluster.wait(TIMEOUT_MS + 200)
+    assert worker.beat() == Changes([], [], [])
+    assert cluster.row(topic_id).attempts == 1
+    cluster.wait(TIMEOUT_MS + 200)
+    assert worker.beat() == Changes([], [], [])
+    assert cluster.row(topic_id).attempts == 1
+    worker.commit(topic_id, 0, attempts=1, turns=2)
+    assert cluster.row(topic_id).attempts == 1, "it failed: that is the one which counts"
+    worker.commit(topic_id, 0, attempts=1, turns=3)
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id).attempts == 2
+
+
+def test_an_attempt_that_is_told_when_its_lease_has_ended_is_nobodys() -> None:
+    cluster, topic_id, worker = at_work()
+    worker.commit(topic_id, 1)
+    cluster.wait(TIMEOUT_MS + 200)
+    worker.commit(topic_id, 1, 1, attempts=0, turns=3)  # it was on its way when its sender died
+    assert (cluster.row(topic_id).holder, cluster.row(topic_id).turns) == ("", 3)
+    [lease] = Worker(cluster, "c", topic_id).beat().granted
+    assert (lease.attempts, cluster.row(topic_id).turns) == (0, 0)
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id).attempts == 0
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_who_gives_back_what_it_is_to_hold_is_granted_it_anew(turns: int) -> None:
+    """And not told the lease that it has: under that one it has told of attempts, and must not begin to count again."""
+    cluster, topic_id, worker = at_work()
+    worker.commit(topic_id, 0, attempts=0, turns=turns)
+    old = worker.leases[TopicPartition(topic_id, 0)]
+    worker.give_back(TopicPartition(topic_id, 0))
+    [lease] = worker.beat().granted
+    assert (lease.lease > old.lease, lease.attempts) == (True, 0)
+    assert cluster.row(topic_id).turns == 0
+    assert worker.beat() == Changes([], [], [])
+    late = wire.Commit(0, 0, -1, 0, [], [worker.entry(topic_id, 0, attempts=0, turns=1)._replace(lease=old.lease)])
+    assert cluster.ask(worker.connection, late).code == Code.LEASE_LOST
+    cluster.wait(TIMEOUT_MS + 200)
+    assert cluster.row(topic_id).attempts == 0
+
+
+def test_attempts_stay_within_what_the_wire_can_say() -> None:
+    cluster, topic_id, worker = at_work()
+    worker.commit(topic_id, 0, attempts=wire.NUMBER_MAX, turns=wire.NUMBER_MAX)
+    cluster.wait(TIMEOUT_MS + 200)
+    [lease] = Worker(cluster, "c", topic_id).beat().granted
+    assert lease.attempts == wire.NUMBER_MAX
 
 
 # ------------------------------------------------------------------------------------------------ deleting, quotas

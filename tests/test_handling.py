@@ -315,6 +315,192 @@ async def test_who_kills_its_worker_is_found_and_its_neighbours_are_innocent(kin
         assert facts(DEAD_LETTER, letter.headers)["attempts"] == "2"
 
 
+def working(sub: idemq.Subscription, kind: str, handler: Callable[..., Any], **options: Any) -> asyncio.Task[None]:
+    return asyncio.create_task((sub.process if kind == "process" else sub.run)(handler, **options))
+
+
+async def dies_with_all_in_hand(b: Broker, kind: str) -> None:
+    """A worker is killed while it handles the first message: all that it may have had in hand are suspects now."""
+    begun = asyncio.Event()
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async with idemq.connect(b.url, timeout=2) as doomed:
+        work = working(doomed.subscribe("in", group="g", retry=QUICK), kind, handler)
+        await begun.wait()
+        await die(doomed)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+async def missed(mq: idemq.Client) -> None:
+    while (await mq.describe_group("g")).members:  # noqa: ASYNC110 - the broker tells nobody
+        await asyncio.sleep(0.01)
+
+
+async def told(sub: idemq.Subscription) -> None:
+    """The broker knows how each attempt ended."""
+    group = sub._source.grouped("this test")
+    await eventually(lambda: not group.endings and not any(leased.turns % 2 for leased in group.held.values()))
+
+
+@pytest.mark.parametrize("how", ["stopped", "cancelled"])
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_suspect_that_is_cut_short_again_and_again_is_innocent(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handling, "HANDLERS_STOP_S", 0.01)
+    begun = asyncio.Event()
+
+    async def hang(message: Message, tx: Transaction | None = None) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async def fine(message: Message, tx: Transaction | None = None) -> None:
+        pass
+
+    async with world(2, member_timeout_ms=300) as (b, mq):
+        await dies_with_all_in_hand(b, kind)
+        for _ in range(QUICK.max_attempts + 1):
+            begun.clear()
+            async with mq.subscribe("in", group="g", retry=QUICK) as sub:
+                work = working(sub, kind, hang)
+                await begun.wait()
+                sub.stop() if how == "stopped" else work.cancel()
+                await asyncio.wait([work])
+        assert await attempts(mq) == 0
+        async with mq.subscribe("in", group="g", retry=QUICK) as sub:
+            await working(sub, kind, fine, until_idle=IDLE_S)
+            await told(sub)
+        assert (await positions(mq), await values(mq, "dlq")) == ({("in", 0): 2}, [])
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_worker_that_dies_after_an_attempt_was_cut_short_blames_it_if_it_has_begun_again(
+    kind: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handling, "HANDLERS_STOP_S", 0.01)
+    begun = asyncio.Event()
+
+    async def hang(message: Message, tx: Transaction | None = None) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async with world(2, member_timeout_ms=300) as (b, mq):
+        await dies_with_all_in_hand(b, kind)
+        async with idemq.connect(b.url, timeout=2) as doomed:
+            sub = doomed.subscribe("in", group="g", retry=QUICK)
+            for _ in range(2):  # the subscription goes on
+                begun.clear()
+                work = working(sub, kind, hang)
+                await begun.wait()
+                sub.stop()
+                await work
+            await told(sub)
+            if again:
+                begun.clear()
+                work = working(sub, kind, hang)
+                await begun.wait()
+            await die(doomed)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        await missed(mq)
+        assert await attempts(mq) == int(again)
+
+
+@run
+async def test_nothing_else_is_handed_out_before_the_broker_knows_that_an_attempt_was_cut_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handling, "HANDLERS_STOP_S", 0.01)
+    begun = asyncio.Event()
+
+    async def hang(message: Message, tx: Transaction) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async with world(2, partitions=2, member_timeout_ms=300) as (b, _):
+        await dies_with_all_in_hand(b, "process")
+        async with (
+            Link("127.0.0.1", b.port) as link,
+            idemq.connect(link.url) as mine,
+            mine.subscribe("in", group="g", retry=QUICK) as sub,
+        ):
+            work = working(sub, "process", hang)
+            await begun.wait()
+            await eventually(lambda: len(sub._source.reader.ready) == 1)  # the other suspect, which waits for its turn
+            link.stall()
+            sub.stop()
+            await work
+            waiting = asyncio.create_task(anext(sub.batches(max_wait=0)))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            await link.heal()
+            assert len(await waiting) >= 1
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_worker_that_dies_while_it_waits_for_an_outage_to_end_blames_nothing(kind: str) -> None:
+    tried = 0
+
+    async def handler(message: Message, tx: Transaction | None = None) -> None:
+        nonlocal tried
+        tried += 1
+        raise ConnectionError("the database is away")
+
+    async with world(2, member_timeout_ms=300) as (b, mq):
+        await dies_with_all_in_hand(b, kind)
+        policy = RetryPolicy(max_attempts=2, backoff=20, max_backoff=20, dead_letter="dlq", circuit_after=1)
+        async with idemq.connect(b.url, timeout=2) as doomed:
+            sub = doomed.subscribe("in", group="g", retry=policy)
+            work = working(sub, kind, handler)
+            await eventually(lambda: tried == 1)
+            await told(sub)
+            await die(doomed)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        await missed(mq)
+        assert await attempts(mq) == 0
+
+
+@pytest.mark.parametrize("kind", ["process", "run"])
+@run
+async def test_a_suspect_that_fails_and_then_kills_is_counted_for_both(kind: str) -> None:
+    seen: list[int] = []
+
+    async with world(2, member_timeout_ms=300) as (b, mq):
+        await dies_with_all_in_hand(b, kind)
+        async with idemq.connect(b.url, timeout=2) as doomed:
+            dead = asyncio.Event()
+
+            async def handler(message: Message, tx: Transaction | None = None) -> None:
+                seen.append(message.attempt)
+                if len(seen) == 1:
+                    raise Poison
+                await die(doomed)
+                dead.set()
+                await asyncio.sleep(60)
+
+            work = working(doomed.subscribe("in", group="g", retry=RetryPolicy(backoff=0)), kind, handler)
+            await dead.wait()
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        await missed(mq)
+        assert await attempts(mq) == 2
+        async with mq.subscribe("in", group="g") as sub:
+            async for message in sub:
+                seen.append(message.attempt)
+                break
+        assert seen == [2, 3, 4], "and before them it was in a dead worker's hands"
+
+
 @run
 async def test_a_position_that_is_set_meanwhile_stores_nothing_and_goes_on_from_there() -> None:
     sought = False

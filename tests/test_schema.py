@@ -49,7 +49,17 @@ advances = st.builds(
     st.lists(results, min_size=1, max_size=3).map(tuple),
 )
 offsets = st.builds(
-    OffsetRow, numbers, numbers, names, st.none() | st.binary(max_size=100), numbers, numbers, numbers, numbers, names
+    OffsetRow,
+    numbers,
+    numbers,
+    names,
+    st.none() | st.binary(max_size=100),
+    numbers,
+    numbers,
+    numbers,
+    numbers,
+    names,
+    numbers,
 )
 limits = st.none() | st.integers(1, NUMBER_MAX)
 topics = st.builds(
@@ -66,7 +76,7 @@ ROW = ProducerRow(
     7, "näme", 9, "session", 41, b"token", "holder", "address", 1, 2, True, (Takeover(7, 5),),
     (Result(40, 1, ()), Result(41, 2**32 - 1, (Position(5, 6), Position(7, 8)))),
 )  # fmt: skip
-POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce")
+POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce", 9)
 TOPIC = TopicRow(8, "topic", Settings(1, 2, None, "delete"), (3, 0), "nonce", False)
 BATCH = wire.make_batch(0, 3, 8, 1, 7, 39, 41, b"the body")
 STORED = Stored(8, 1, 11, 1234, 5678, BATCH)
@@ -168,7 +178,7 @@ DIGESTS = {
     "log": "fa736e4e4ece20e8",
     "producers": "2b1cb1bc315e6593",
     "producer_names": "50c6567406dced49",
-    "offsets": "5c63168da1238ab6",
+    "offsets": "bdf8a9af02c901b3",
     "topics": "b9bd9bbeca59169c",
     "deltas": "20baa87ff08d4e16",
     "format": "8a09918875af1a16",

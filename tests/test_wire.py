@@ -30,7 +30,7 @@ MESSAGES: list[Any] = [
         -1,
         3,
         [wire.Append(1, 0, 90), wire.Append(2, 1, 10)],
-        [wire.Offset("g", 1, 0, 9, 0, 4, b"m"), wire.Offset("g", 1, 1, 9, 0, 0, None, 1)],
+        [wire.Offset("g", 1, 0, 9, 0, 4, b"m"), wire.Offset("g", 1, 1, 9, 0, 0, None, 1, 3)],
         b"token",
     ),
     wire.Committed(False, [wire.Position(0, 1), wire.Position(2**63 - 1, 2)]),

@@ -173,7 +173,8 @@ def _commits(
         key = OffsetKey(dice.choice(GROUPS), dice.choice(topic_ids), 0)
         position, ends = memory.offset(key), memory.partition(key.topic_id, 0)
         if last and position is not None and position.lease and ends is not None and ends.next > position.next:
-            end, attempts = dice.choice(((ends.next, None), (position.next, position.attempts + 1)))
-            offsets.append(wire.Offset(*key, position.lease, position.next, end, b"metadata", attempts))
+            tried = (position.next, position.attempts + 1, position.turns + 1)
+            end, attempts, turns = dice.choice(((ends.next, None, 0), tried))
+            offsets.append(wire.Offset(*key, position.lease, position.next, end, b"metadata", attempts, turns))
         yield wire.Commit(row.producer_id, row.epoch, seq, first - 1, appends, offsets, b"token"), b"".join(batches)
         seq = first - 1

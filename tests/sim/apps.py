@@ -58,6 +58,8 @@ class App:
         self.asking = 0
         """Other requests that are not answered."""
         self.over = False
+        self.is_weary = False
+        """A worker cuts its next attempt short, and begins nothing more."""
         self.rng = world.rng
 
     def __str__(self) -> str:

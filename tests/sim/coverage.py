@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply, Space
-from idemq.broker.groups import ConsumerGroup, Member, OffsetKey
+from idemq.broker.groups import ConsumerGroup, Member, OffsetKey, OffsetRow
 from idemq.client import wire
 from idemq.client.errors import OutcomeUnknown, StoreReplaced
 from idemq.client.pipeline import Pending
@@ -24,6 +24,8 @@ class WatchedCore(Core):
     """A core that is looked at."""
 
     _free: list[bool]
+    _known: list[bool]
+    _at_ms = 0
 
     def step(self, now: Now, connection: Connection, correlation: int, request: Any, payload: bytes) -> Output | None:
         kind = type(request)
@@ -35,6 +37,10 @@ class WatchedCore(Core):
             before = self._producer(request.producer_id) if request.producer_id else None
             rows = [self._offset(OffsetKey(one.group, *one[1:3])) for one in request.offsets]
             self._free = [row is not None and not row.holder for row in rows]
+            self._known = [
+                row is not None and one.end == row.next and 0 < one.turns <= row.turns
+                for row, one in zip(rows, request.offsets, strict=True)
+            ]
         elif kind is wire.Seek:
             before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
         elif kind is wire.Heartbeat:
@@ -95,7 +101,10 @@ class WatchedCore(Core):
                 COUNTS["core: Commit of appends and offsets"] += bool(request.appends and request.offsets)
                 COUNTS["core: Commit of offsets only"] += bool(request.offsets and not request.appends)
                 COUNTS["core: Commit with a token"] += request.token is not None
-                COUNTS["core: Commit of an attempt"] += any(one.attempts for one in request.offsets)
+                turns = [one.turns for one in request.offsets if one.turns]
+                COUNTS["core: Commit of an attempt that begins"] += any(turn % 2 for turn in turns)
+                COUNTS["core: Commit of an attempt that has ended"] += any(not turn % 2 for turn in turns)
+                COUNTS["core: Commit of an attempt that is known"] += any(self._known)
                 COUNTS["core: Commit moves several positions"] += len(request.offsets) > 1
                 COUNTS["core: Commit under a lease that was given back or expired"] += any(self._free)
             COUNTS[f"core: Commit {what}"] += 1
@@ -133,7 +142,22 @@ class WatchedCore(Core):
         COUNTS["core: a member comes back and holds what it held"] += bool(rows)
         return rows
 
+    def _give_back(self, name: str, group: ConsumerGroup, key: wire.TopicPartition) -> None:
+        member, row = group.holders[key], self._held_row(name, key)
+        COUNTS["core: what is given back was to be held"] += key in member.targets and bool(member.topics)
+        if row.turns % 2:
+            how = "taken" if key in member.releasing and member.releasing[key] <= self._at_ms else "given back"
+            COUNTS[f"core: an attempt is under way, its partition is {how}"] += 1
+        super()._give_back(name, group, key)
+
+    def _put_offset(self, key: OffsetKey, row: OffsetRow) -> None:
+        old = self._offset(key)
+        if old is not None and not old.holder and old.lease != row.lease:
+            COUNTS["core: an attempt was told after its lease had ended"] += old.turns % 2
+        super()._put_offset(key, row)
+
     def _watch_members(self, now: Now) -> None:
+        self._at_ms = now.mono_ms
         for group in self._groups.values():
             for member in group.members.values():
                 late = any(until_ms <= now.mono_ms for until_ms in member.releasing.values())
@@ -147,7 +171,11 @@ class WatchedCore(Core):
         before = [self._offset(key) for key in held]
         super()._end_uncleanly(name, group, member)
         COUNTS["core: a member is gone"] += 1
-        COUNTS["core: a member is gone that never came back to this broker"] += member.in_hand_max is None
+        unheard = " that never came back to this broker" if member.in_hand_max is None else ""
+        COUNTS["core: a member is gone that never came back to this broker"] += bool(unheard)
+        COUNTS[f"core: an attempt is under way of a member that is gone{unheard}"] += any(
+            row is not None and row.turns % 2 for row in before
+        )
         COUNTS["core: messages are suspected"] += any(
             row is not None and old is not None and row.suspects_end > old.suspects_end
             for row, old in zip([self._offset(key) for key in held], before, strict=True)
@@ -329,7 +357,9 @@ REQUIRED = [
     "core: Commit duplicate of a fenced epoch",
     "core: Commit duplicate, forgotten",
     "core: Commit moves several positions",
-    "core: Commit of an attempt",
+    "core: Commit of an attempt that begins",
+    "core: Commit of an attempt that has ended",
+    "core: Commit of an attempt that is known",
     "core: Commit of appends and offsets",
     "core: Commit of offsets only",
     "core: Commit on several partitions",
@@ -404,15 +434,25 @@ REQUIRED = [
     "core: a waiting Heartbeat is over",
     "core: a waiting Heartbeat is told UNKNOWN_TOPIC",
     "core: a waiting Heartbeat is told something",
+    "core: an attempt is under way of a member that is gone",
+    "core: an attempt is under way of a member that is gone that never came back to this broker",
+    "core: an attempt is under way, its partition is given back",
+    "core: an attempt is under way, its partition is taken",
+    "core: an attempt was told after its lease had ended",
     "core: an idle producer expires",
     "core: batches trimmed",
     "core: decided while a group is in flight",
     "core: messages are suspected",
     "core: the clock jumped",
+    "core: what is given back was to be held",
     "member: a second run while the outcome of the first is unknown",
     "member: commits after it slept, LEASE_LOST",
     "member: commits after it slept, it is done",
     "member: dies of what it handles",
+    "member: fails to handle a message",
+    "member: gives back in the middle of an attempt",
+    "member: goes on after an attempt that was cut short",
+    "member: leaves in the middle of an attempt",
     "member: moves past what kills it",
     "session: a call ends as CONNECTION_LOST",
     "session: a call ends as OUTCOME_UNKNOWN",

@@ -7,6 +7,7 @@ that handles them; a worker counts its attempts as a retry policy would, and mov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ FETCH_BYTES = 300
 class Place:
     """A partition that a member holds."""
 
-    __slots__ = ("attempts", "granted_at", "is_revoked", "key", "lease", "next", "suspects_end", "tried_at")
+    __slots__ = ("attempts", "granted_at", "is_revoked", "key", "lease", "next", "suspects_end", "turns")
 
     def __init__(self, lease: wire.Lease, now: float) -> None:
         self.granted_at = now
@@ -42,20 +43,21 @@ class Place:
         self.attempts = lease.attempts
         self.suspects_end = lease.suspects_end
         self.is_revoked = False
-        self.tried_at = -1
-        """The message whose attempt this process has stored: living on, it stores no second."""
+        self.turns = 0
+        """How often an attempt was said to begin or to have ended: odd, while one is under way."""
 
 
 class Block:
     """What is handled together."""
 
-    __slots__ = ("is_dead_letter", "messages", "moves")
+    __slots__ = ("is_cut_short", "is_dead_letter", "messages", "moves")
 
     def __init__(self) -> None:
         self.moves: list[tuple[Place, int, int]] = []
         """(place, start, end)"""
         self.messages: list[Input] = []
         self.is_dead_letter = False
+        self.is_cut_short = False
 
 
 class Member(App):
@@ -245,7 +247,7 @@ class Member(App):
             logs = self.world.oracle.life.logs
             places = [place for place in places if place.next < len(logs.get(place.key, ()))]
         suspects = [place for place in places if self.is_suspect(place)]
-        if suspects and self.rng.random() < 0.7:
+        if suspects and self.rng.random() < 0.9:
             places = [self.rng.choice(suspects)]
         else:
             places = [place for place in places if place not in suspects and self.rng.random() < 0.8]
@@ -299,8 +301,6 @@ class Member(App):
         if self.block is block:
             self.block = None
             self.busy = False
-        if self.member:
-            self.world.oracle.handled(self.member, whole=not isinstance(answer, IdemqError | None))
         if self.membership is None:
             return
         lost = False
@@ -353,44 +353,116 @@ class Worker(Sending, Member):
         world, place = self.world, block.moves[0][0]
         if not block.messages or not self.is_suspect(place):
             self._begin(block)
-        elif place.attempts >= world.oracle.attempts_max and place.tried_at != place.next:
+        elif place.attempts >= world.oracle.attempts_max:
             block.is_dead_letter = True
             world.count("member: moves past what kills it")
             self._finish(block)
-        elif place.next < place.suspects_end and place.tried_at != place.next:
+        elif place.next < place.suspects_end:
             # Stored before it begins: whoever kills its worker now is counted, and nobody else is.
-            world.oracle.handles(self.member, block.messages)
-            attempt = wire.Offset(
-                self.group, *place.key, place.lease, place.next, place.next, attempts=place.attempts + 1
-            )
-            request = wire.Commit(0, 0, -1, -1, [], [attempt])
-            self.ask(request, partial(self._attempted, block, place, attempt), 5.0)
+            self._tell(place, partial(self._attempted, block, place), begins=True)
         else:
             self._begin(block)
 
-    def _attempted(self, block: Block, place: Place, attempt: wire.Offset, answer: Any) -> None:
-        self.world.oracle.moved_plainly(self.session, [attempt], answer)
+    def _tell(self, place: Place, then: Callable[[Any], None], begins: bool = False) -> None:
+        """Store how often the next message was tried in vain, and that an attempt begins, or that none is under way."""
+        place.turns += place.turns % 2 + begins
+        entry = wire.Offset(
+            self.group, *place.key, place.lease, place.next, place.next, None, place.attempts, place.turns
+        )
+
+        def told(answer: Any) -> None:
+            self.world.oracle.moved_plainly(self.session, [entry], answer)
+            then(answer)
+
+        self.ask(wire.Commit(0, 0, -1, -1, [], [entry]), told, 5.0)
+
+    def _attempted(self, block: Block, place: Place, answer: Any) -> None:
+        if block.is_cut_short:
+            return
         if type(answer) is wire.Committed and self.places.get(place.key) is place:
-            place.attempts += 1
-            place.tried_at = place.next
             self._begin(block)
         else:
             self.ended(block, answer if isinstance(answer, IdemqError) else None)
 
+    def act(self, healed: bool) -> None:
+        block = self.block
+        place = None if block is None else block.moves[0][0]
+        if block is not None and place is not None and place.turns % 2 and not healed and self.rng.random() < 0.4:
+            self._cut_short(block, place)
+        super().act(healed)
+
+    def _fetch(self) -> None:
+        if not self.is_weary:
+            super()._fetch()
+
+    def _cut_short(self, block: Block, place: Place) -> None:
+        """An attempt comes to no end: its worker stops in the middle, gives back what it is at, or goes on."""
+        if self.places.get(place.key) is not place or self.outstanding:
+            return
+        block.is_cut_short = True
+        if not self.stopping and not place.is_revoked and self.rng.random() < 0.7:
+            self.world.count("member: goes on after an attempt that was cut short")
+            self.ended(block, None)
+            return
+        self.block, self.busy = None, False
+        if self.stopping:
+            self.world.count("member: leaves in the middle of an attempt")
+        else:
+            self.world.count("member: gives back in the middle of an attempt")
+            place.is_revoked = True  # or it does so unasked, and is told again
+            self.ended(block, None)
+
+    def ended(self, block: Block, answer: Any) -> None:
+        place = block.moves[0][0]
+        if isinstance(answer, IdemqError | None):
+            if place.turns % 2 and self.block is block and self.places.get(place.key) is place:
+                # Nothing else begins before it is known that this is over.
+                self._tell(place, lambda _: self.ended(block, answer))
+                return
+        else:
+            place.turns += place.turns % 2
+        super().ended(block, answer)
+
+    def _fail(self, block: Block) -> None:
+        place = block.moves[0][0]
+        if block.is_cut_short:
+            return
+        if self.places.get(place.key) is not place or self.block is not block:
+            self.ended(block, None)
+            return
+        self.world.count("member: fails to handle a message")
+        place.attempts += 1
+        self._tell(place, lambda _: self.ended(block, None))
+
+    def _die(self, block: Block) -> None:
+        if not block.is_cut_short:
+            self.world.note(f"{self} dies of what it handles")
+            self.world.count("member: dies of what it handles")
+            self.world.die(self.process)
+
     def _begin(self, block: Block) -> None:
         world = self.world
-        world.oracle.handles(self.member, block.messages)
+        alone = len(block.messages) == len(block.moves) == 1
+        under_way = block.moves[0][0].turns % 2
         seconds = self.rng.random() * (0.02 if world.healed else self.rng.choice((0.0, 0.0, 0.0, 0.1, 0.3, 1.0)))
+        if under_way and self.is_weary:
+            block.is_cut_short = True
+            self.ended(block, None)
+            return
+        if under_way and not world.healed:
+            seconds = max(seconds, self.rng.choice((0.0, 0.3, 0.6, 1.2)))  # so that something comes between
         life = world.oracle.lives[self.session.incarnation]
         numbers = [life.logs[key.topic_id, key.partition][offset] for key, offset in block.messages]
         if any(world.is_poison(number) for number in numbers):
-            world.note(f"{self} handles what kills it")
-            world.count("member: dies of what it handles")
-            world.after(seconds, world.turn, self.process, partial(world.die, self.process))
+            world.after(seconds, world.turn, self.process, partial(self._die, block))
+        elif alone and not world.healed and self.rng.random() < (0.25 if under_way else 0.1):
+            world.after(seconds, world.turn, self.process, partial(self._fail, block))
         else:
             world.after(seconds, world.turn, self.process, partial(self._finish, block))
 
     def _finish(self, block: Block) -> None:
+        if block.is_cut_short:
+            return
         if self.over or self.producer.error is not None:
             self.ended(block, None)
             return

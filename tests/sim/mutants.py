@@ -196,7 +196,43 @@ MUTANTS = [
         "return row._replace(attempts=row.attempts + 1)",
     ),
     _one("nobody is suspected", groups, "ended_uncleanly", "if row.next >= end or", "if True or"),
-    _one("an attempt is not stored", groups, "moved", "or entry.attempts <= row.attempts", "or True"),
+    _one(
+        "an attempt is not stored", groups, "moved", "if attempts <= row.attempts and turns <= row.turns:", "if True:"
+    ),
+    _one("the attempt of a member that vanished does not count", groups, "ended_uncleanly", "+ row.turns % 2", ""),
+    _one(
+        "the attempt of a member that gives back counts",
+        groups,
+        "released",
+        'holder="", ',
+        'holder="", attempts=row.attempts + row.turns % 2, ',
+    ),
+    _one(
+        "the attempt of a holder that was never heard of counts",
+        CORE,
+        "_end_uncleanly",
+        "ended = groups.released(row)",
+        "ended = groups.released(row._replace(attempts=row.attempts + row.turns % 2))",
+    ),
+    _one("the attempt of one that is gone goes on under the next lease", groups, "granted", ", turns=0", ""),
+    _one(
+        "who gave back is told the same lease, and that its attempt goes on",
+        CORE,
+        "_heartbeat",
+        " and not self._held_row(request.group, key).turns:",
+        ":",
+    ),
+    _one(
+        "an attempt that has ended begins again with a late copy",
+        groups,
+        "moved",
+        "turns <= row.turns:\n"
+        "            return row\n"
+        "        return row._replace(attempts=max(attempts, row.attempts), turns=max(turns, row.turns))",
+        "not turns:\n"
+        "            return row\n"
+        "        return row._replace(attempts=max(attempts, row.attempts), turns=turns or row.turns)",
+    ),
     _one(
         "a member that is gone keeps all",
         groups.ConsumerGroup,

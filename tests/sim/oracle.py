@@ -135,6 +135,12 @@ class Place(NamedTuple):
     next: int
     lease: int
     attempts: int = 0
+    turns: int = 0
+    """Odd: an attempt was said to begin, and neither was said to have ended nor given back."""
+    begun_at: float = 0.0
+    """That was later than this."""
+    ended_at: float = 0.0
+    """When it became durable that the last one has ended, if that was said."""
 
 
 class Life:
@@ -212,12 +218,13 @@ class Oracle:
         """Group -> (start_ms, start_offset) as its members asked for."""
         self.attempts_max = 0
         """What is handled so often in vain is a dead letter."""
-        self.in_hand: dict[str, list[Input]] = {}
-        """Member -> what it handles just now."""
-        self.interrupted: Counter[Input] = Counter()
-        """How often the handling of one message, with no other in the same hands, came to no end: its process died or
-        hung, or lost the lease, or could not learn that its attempt was stored."""
-        self.is_poison: Callable[[int], bool] = lambda number: False
+        self.member_timeout_s = 0.0
+        self.heard_at: dict[str, float] = {}
+        """Member -> when this broker took its last report."""
+        self.silent_until: dict[str, float] = {}
+        """Member -> when it was heard of again after it had said nothing for so long that it counted as gone."""
+        self.durable_at = (0.0, 0.0)
+        """When the last two groups became durable: what comes next was decided behind the first of them."""
         self.tokens: dict[bytes, Transaction] = {}
         self.asked_at: dict[str, float] = {}
         """When an instance first asked for a name, by the name it asks under."""
@@ -243,7 +250,7 @@ class Oracle:
 
     # ------------------------------------------------------------------------------------------ what is durable
 
-    def durable(self, group: Group, asked: Callable[[Connection, int], Any]) -> None:
+    def durable(self, group: Group, asked: Callable[[Connection, int], Any], now: float) -> None:
         """A group commit is on the disk. `asked`: the request of this connection and correlation, if it counts."""
         life = self.life
         seqs: dict[int, list[int]] = {}
@@ -284,7 +291,7 @@ class Oracle:
                 if ask.input is not None:
                     outputs[ask.input] += 1
                     if ask.is_dead_letter:
-                        self._dead(life, ask, ask.input)
+                        self._dead(life, ask.input)
         for producer_id, row in group.producers.items():
             if row is not None:
                 self._row(life, row)
@@ -298,7 +305,8 @@ class Oracle:
             for entry in tx.offsets:
                 if OffsetKey(entry.group, entry.topic_id, entry.partition) not in group.offsets:
                     raise Violation(f"a transaction is stored and its position {entry} did not move")
-        self._positions(life, group, asked, outputs)
+        self._positions(life, group, asked, outputs, now)
+        self.durable_at = (self.durable_at[1], now)
 
     def _append(self, life: Life, key: LogKey, offset: int, ask: Ask, producer_id: int, seq: int) -> None:
         number = ask.number
@@ -374,7 +382,7 @@ class Oracle:
     # -------------------------------------------------------------------------------------------------- groups
 
     def _positions(
-        self, life: Life, group: Group, asked: Callable[[Connection, int], Any], outputs: Counter[Input]
+        self, life: Life, group: Group, asked: Callable[[Connection, int], Any], outputs: Counter[Input], now: float
     ) -> None:
         """The positions of a group commit: they must come about by its answers, one after the other."""
         events: list[tuple[int, OffsetKey, Any, Any]] = []
@@ -407,9 +415,9 @@ class Oracle:
         for _, key, request, what in events:
             kind = type(what)
             if kind is wire.Offset:
-                self._entry(life, key, request, what, outputs)
+                self._entry(life, key, request, what, outputs, now)
             elif kind is wire.Lease:
-                self._lease(life, key, request.member, what)
+                self._lease(life, key, request.member, what, now)
             elif kind is wire.Sought:
                 self._seek(life, key, request, what)
             else:
@@ -418,10 +426,10 @@ class Oracle:
         if wrong:
             raise Violation(f"outputs are stored and the position of their input did not move: {wrong}")
         for key, row in group.offsets.items():
-            self._row_of_group(life, key, row)
+            self._row_of_group(life, key, row, now)
 
     def _entry(
-        self, life: Life, key: OffsetKey, request: wire.Commit, entry: wire.Offset, outputs: Counter[Input]
+        self, life: Life, key: OffsetKey, request: wire.Commit, entry: wire.Offset, outputs: Counter[Input], now: float
     ) -> None:
         """A position was moved by a commit."""
         place = life.places.get(key)
@@ -445,11 +453,16 @@ class Oracle:
                         outputs[message] -= 1
                     elif offset >= floor:
                         raise Violation(f"{message} has no output, and the position is {entry.end}")
-            life.places[key] = Place(entry.end, place.lease, entry.attempts or 0)
+            life.places[key] = Place(entry.end, place.lease, entry.attempts or 0, entry.turns, self.durable_at[0])
         elif entry.end == place.next:
-            life.places[key] = place._replace(attempts=max(place.attempts, entry.attempts or 0))
+            place = place._replace(attempts=max(place.attempts, entry.attempts or 0))
+            if entry.turns > place.turns and entry.turns % 2:
+                place = place._replace(turns=entry.turns, begun_at=self.durable_at[0])
+            elif entry.turns > place.turns:
+                place = place._replace(turns=entry.turns, ended_at=now)
+            life.places[key] = place
 
-    def _lease(self, life: Life, key: OffsetKey, member: str, lease: wire.Lease) -> None:
+    def _lease(self, life: Life, key: OffsetKey, member: str, lease: wire.Lease, now: float) -> None:
         """A lease was granted, or told again."""
         place = life.places.get(key)
         if place is None:
@@ -457,10 +470,25 @@ class Oracle:
             place = Place(lease.next, 0)
         if lease.next != place.next or lease.lease < place.lease:
             raise Violation(f"{key} stands at {place}, and {member} was given {lease}")
+        self._attempts(life, key, place, lease.attempts, now)
         if lease.lease > place.lease:
             life.ends[key, place.lease] = place.next
+            place = place._replace(lease=lease.lease, turns=0)
         self._held(life, key, lease.lease, member)
-        life.places[key] = place._replace(lease=lease.lease)
+        life.places[key] = place._replace(attempts=lease.attempts)
+
+    def _attempts(self, life: Life, key: OffsetKey, place: Place, attempts: int, now: float) -> None:
+        """Attempts count as they are told; and one does that was under way when its member said nothing for so long
+        that it counts as gone, which the broker that says so must have heard of."""
+        if attempts == place.attempts:
+            return
+        member = life.holders.get((key, place.lease), "")
+        gone = self.silent_until.get(member, -1.0) >= place.begun_at or (
+            now - self.heard_at.get(member, now) >= self.member_timeout_s
+        )
+        under_way = place.turns % 2 or place.ended_at == now
+        if attempts != place.attempts + 1 or not under_way or not gone:
+            raise Violation(f"{key} stands at {place}, {member} is {'' if gone else 'not '}gone: {attempts} attempts")
 
     def _seek(self, life: Life, key: OffsetKey, request: wire.Seek, sought: wire.Sought) -> None:
         """A position was set, or that was told again."""
@@ -490,7 +518,7 @@ class Oracle:
                 return
         raise Violation(f"{key} begins at {start}, nobody asked for that")
 
-    def _row_of_group(self, life: Life, key: OffsetKey, row: OffsetRow | None) -> None:
+    def _row_of_group(self, life: Life, key: OffsetKey, row: OffsetRow | None, now: float) -> None:
         """What is stored is what was answered; a lease that nobody could be told of any more goes without."""
         if row is None:
             life.offsets.pop(key, None)
@@ -502,31 +530,34 @@ class Oracle:
         if place is None:
             self._begins(life, key, row.next)
             place = Place(row.next, 0)
-        if row.next != place.next or row.lease < place.lease or row.attempts < place.attempts:
+        if row.next != place.next or row.lease < place.lease:
             raise Violation(f"{key} is stored as {row}, by the answers it stands at {place}")
+        self._attempts(life, key, place, row.attempts, now)
         if row.lease > place.lease:
             life.ends[key, place.lease] = place.next
-        life.places[key] = Place(row.next, row.lease, row.attempts)
+        # Once that was counted it is over, and what the row says was told after it.
+        turns = place.turns if (row.lease, row.attempts) == (place.lease, place.attempts) else row.turns
+        if not row.holder:
+            turns += turns % 2
+        life.places[key] = place._replace(lease=row.lease, attempts=row.attempts, turns=turns)
 
-    def _dead(self, life: Life, ask: Ask, message: Input) -> None:
-        """Only what ended its handling so often, with nothing else in the same hands, is a dead letter."""
-        log = life.logs[message.key.topic_id, message.key.partition]
-        if self.is_poison(log[message.offset]):
-            return
-        others = sum(hand == [message] for member, hand in self.in_hand.items() if member != ask.app.member)
-        seen = self.interrupted[message] + others
-        if seen < self.attempts_max:
-            raise Violation(f"{message} is a dead letter, and only {seen} of {self.attempts_max} times alone in hands")
+    def _dead(self, life: Life, message: Input) -> None:
+        """Only what was tried so often is a dead letter (see `_attempts`)."""
+        place = life.places[message.key]
+        if place.next != message.offset or place.attempts < self.attempts_max:
+            raise Violation(f"{message} is a dead letter, and {message.key} stands at {place}")
 
-    def handles(self, member: str, messages: list[Input]) -> None:
-        """A member has these in its hands from now on."""
-        self.in_hand[member] = messages
+    def heard(self, member: str, now: float) -> None:
+        """The broker has taken a member's report."""
+        if now - self.heard_at.get(member, now) >= self.member_timeout_s:
+            self.silent_until[member] = now
+        self.heard_at[member] = now
 
-    def handled(self, member: str, whole: bool) -> None:
-        """A member has nothing in its hands any more. `whole`: the handling came to its end."""
-        hand = self.in_hand.pop(member, [])
-        if len(hand) == 1 and not whole:
-            self.interrupted[hand[0]] += 1
+    def starts_anew(self, member_timeout_s: float) -> None:
+        """A broker starts, and has heard of nobody."""
+        self.member_timeout_s = member_timeout_s
+        self.heard_at.clear()
+        self.silent_until.clear()
 
     # ---------------------------------------------------------------------------------------- what is answered
 
@@ -626,8 +657,13 @@ class Oracle:
             raise Violation(f"record {ask.number} is stored, and its sender was told {error!r}")
 
     def announced(self, request: wire.Heartbeat, assignment: wire.Assignment) -> None:
-        """A member is told: what it holds is durable."""
+        """A member is told: what it holds is durable. What it did not report it had given back."""
         life = self.life
+        reported = {OffsetKey(request.group, held.topic_id, held.partition) for held in request.held}
+        for key, place in life.places.items():
+            held = key.group == request.group and life.holders.get((key, place.lease)) == request.member
+            if held and key not in reported:
+                life.places[key] = place._replace(turns=place.turns + place.turns % 2)
         for lease in assignment.leases:
             key = OffsetKey(request.group, lease.topic_id, lease.partition)
             row = life.offsets.get(key)
@@ -673,8 +709,6 @@ class Oracle:
     def restore(self, copy: Life, incarnation: bytes) -> None:
         """An older copy of the store was put in place, under a new incarnation."""
         copy.incarnation = incarnation
-        for key, place in copy.places.items():  # what was in hand when the copy was made came to no end in it
-            self.interrupted[Input(key, place.next)] += place.attempts
         self.life = self.lives[incarnation] = copy
 
     # ------------------------------------------------------------------------------------------ at the end

@@ -18,6 +18,7 @@ from idemq.broker.fetches import found
 from idemq.broker.store import MemoryStore, StoreBroken
 from idemq.client import wire
 from idemq.client.session import Session, SessionConfig
+from idemq.client.wire import Failed
 
 from .apps import TOPICS, App, Loader, Sending, admin, probe
 from .members import Member, apps_of
@@ -122,7 +123,6 @@ class World:
         self.remember = rng.choice((2, 3, 8, wire.REMEMBERED))
         self.oracle = Oracle(self.store.incarnation(), self.remember)
         self.oracle.attempts_max = rng.choice((1, 2, 3))
-        self.oracle.is_poison = self.is_poison
         self.copy: tuple[MemoryStore, Life] | None = None
         self.full = False
         self.core = self._new_core()
@@ -135,6 +135,10 @@ class World:
         """Of every connection to this core the requests whose answers are judged, also of those closed since."""
         self.ambush = ""
         """What a fault waits for."""
+        self.awaits_attempt = True
+        """Another waits for an attempt that begins."""
+        self.calm_until = 0.0
+        """Until then no other fault happens: the member that one has ended is to be missed before the broker is."""
         self.sources: dict[str, Source] = {}
         self.processes: list[Process] = []
         self.session_number = 0
@@ -232,9 +236,6 @@ class World:
 
     def restart(self, process: Process) -> None:
         """A process is gone, and another started in its place."""
-        for app in process.apps:
-            if isinstance(app, Member):
-                self.oracle.handled(app.member, whole=False)
         self._start(process.number)
 
     def die(self, process: Process) -> None:
@@ -345,6 +346,8 @@ class World:
         link.up_count += len(frames)
         if self.ambush:
             self._spring(link, frames)
+        if self.awaits_attempt:
+            self._spring_on_attempt(link, frames)
 
     def _arrived_up(self, link: Link, item: tuple[int, list[Any]]) -> None:
         number, frames = item
@@ -372,6 +375,8 @@ class World:
                 self.after(request.wait_ms / 1000 + 0.002, self._tick_soon, None, None)
             else:
                 waits = True
+                if kind is wire.Heartbeat and not self._is_refused(peer, correlation):
+                    self.oracle.heard(request.member, self.now)
         link.up_done = number + len(frames)
         if outputs:
             self._output(outputs)
@@ -413,6 +418,12 @@ class World:
                 link.down_count += len(messages)
             if close:
                 self._close(link)
+
+    def _is_refused(self, peer: Connection, correlation: int) -> bool:
+        """Is that the answer which waits for the disk?"""
+        groups = [self.core._building] if self.core._in_flight is None else [self.core._building, self.core._in_flight]
+        replies = [group.replies[-1] for group in groups if group.replies]
+        return any(reply[:2] == (peer, correlation) and type(reply.message) is Failed for reply in replies)
 
     def _judge(self, request: Any, message: Any) -> None:
         kind = type(message)
@@ -509,7 +520,9 @@ class World:
     def _new_core(self) -> Core:
         self.store.disk_bytes = 0 if self.full else 1 << 40
         self.asked = {}
-        return self.core_class(self.store, self._limits())
+        limits = self._limits()
+        self.oracle.starts_anew(limits.member_timeout_ms / 1000)
+        return self.core_class(self.store, limits)
 
     def _tick_soon(self, _one: None, _two: None) -> None:
         if self.up:
@@ -582,7 +595,7 @@ class World:
                 f"durable: {[(s.topic_id, s.partition, s.offset) for s in group.appends]} {list(group.producers)}"
             )
         self.commits += 1
-        self.oracle.durable(group, self._asked)
+        self.oracle.durable(group, self._asked, self.now)
         return space
 
     def _asked(self, connection: Connection, correlation: int) -> Any:
@@ -608,7 +621,7 @@ class World:
             return
         self._look_at_core()
         kind = self.rng.choice(FAULT_KINDS)
-        if getattr(self, "_fault_" + kind)():
+        if self.now >= self.calm_until and getattr(self, "_fault_" + kind)():
             self.faults += 1
             self.kinds[kind] = self.kinds.get(kind, 0) + 1
             self.note(f"fault: {kind}")
@@ -693,7 +706,7 @@ class World:
 
     def _fault_kill(self) -> bool:
         """A client dies and is started again."""
-        self.die(self.rng.choice(self.processes))
+        self.die(self.rng.choice((*self.processes, *self.processes[:2])))  # those have workers
         return True
 
     def _fault_hang(self) -> bool:
@@ -770,6 +783,46 @@ class World:
         else:
             self.after(0.0, self._kill, process, None)
         self.ambush = ""
+
+    def _spring_on_attempt(self, link: Link, frames: list[Any]) -> None:
+        """That an attempt begins is told late: once more, when it has ended perhaps, or by one who died meanwhile. Or
+        it is told in time, and broker and worker die together."""
+        requests = [request for _, request, _ in frames if type(request) is wire.Commit]
+        if self.healed or not any(entry.turns % 2 for request in requests for entry in request.offsets):
+            return
+        self.note("ambush on an attempt that begins")
+        self.awaits_attempt = False
+        chance, timeout_s = self.random(), self.member_timeout_ms / 1000
+        self.calm_until = self.now + 1.0 + 1.5 * timeout_s
+        if chance < 0.3:
+            self.after(self.disk_s * 3, self._crash_with, link.process, None)
+            return
+        if chance < 0.6:
+            link.up_from = max(link.up_from, self.now + 0.3 + 1.2 * timeout_s)
+            self.after(0.0, self._kill, link.process, None)
+            self.after(0.001, self._all_sleep, link.up_from + 0.05, None)
+        else:
+            link.up_from = max(link.up_from, self.now + 0.3 + self.random() * 0.6)
+            self.after(0.001, self._lost, link, None)
+            for app in link.process.apps:
+                app.is_weary = True
+            self.at(link.up_from + 0.1, self._kill, link.process, None)
+        self.at(max(link.up_from, link.up_at) + 0.01, self._peer_lost, link, None)
+
+    def _all_sleep(self, until: float, _: None) -> None:
+        """Nobody does anything, and so nobody is granted anything."""
+        for process in self.processes:
+            process.asleep_until = until
+
+    def _crash_with(self, process: Process, _: None) -> None:
+        self._kill(process, None)
+        if self.up:
+            self._fault_crash()
+
+    def _fault_attempt(self) -> bool:
+        """Wait for an attempt that begins, and disturb it."""
+        self.awaits_attempt = True
+        return True
 
     def _probe_later(self, request: Any, _: None) -> None:
         if self.up:
@@ -964,6 +1017,7 @@ FAULT_KINDS = (
     "full",
     *("kill",) * 3,
     *("ambush",) * 6,
+    *("attempt",) * 4,
     *("takeovers",) * 3,
     *("pause",) * 2,
     "sleep",

@@ -143,7 +143,11 @@ SMALL: dict[str, Bounds] = {
     "poison, everything": poisoned(
         "kills", "expiries", "takings", "broker_crashes", poison=((1,),), inputs=2, workers=2
     ),
+    "poison, attempts told late": poisoned(
+        "kills", "expiries", "broker_crashes", "failures", "copies", poison=((1,),), inputs=2
+    ),
     "poison beside innocents": poisoned("kills", poison=((), (1,)), inputs=2),
+    "poison beside innocents, attempts told late": poisoned("kills", "failures", "copies", poison=((), (0,)), inputs=1),
     "two workers, poison beside innocents": poisoned(poison=((), (1,)), inputs=2, workers=2),
     # ---- further than the first models went: several partitions, group failure, open
     "two partitions, leases expire": group("expiries", "reports", partitions=2, inputs=1),
@@ -199,6 +203,12 @@ LARGE: dict[str, Bounds] = {
     "holder and operator seek, cut": group("seeks", "operator_seeks", "cuts", inputs=1, workers=1),
     "poison, everything, 3 inputs": poisoned(
         "kills", "expiries", "takings", "broker_crashes", poison=((1,),), workers=2
+    ),
+    "poison, attempts told late, two workers": poisoned(
+        "kills", "expiries", "broker_crashes", "failures", "copies", poison=((1,),), inputs=2, workers=2
+    ),
+    "poison beside innocents, attempts told late, expiries": poisoned(
+        "kills", "expiries", "failures", "copies", "copies", poison=((), (0,)), inputs=1
     ),
     "poison in two partitions": poisoned("kills", "broker_crashes", poison=((1,), (0,)), inputs=2),
     "poison beside innocents, kills and expiries": poisoned(
@@ -306,9 +316,18 @@ TABLE: dict[str, list[Removal]] = {
             ("suspects_alone", poisoned(poison=((1,),))),
             ("suspects_alone_in_member", poisoned(poison=((), (0,)), inputs=1)),
             ("nothing_beside_a_suspect", poisoned(poison=((0, 2),))),
-            ("attempts_counted_ahead", poisoned(poison=((), (0,)), inputs=2)),
-            ("attempts_counted_ahead", poisoned("expiries", "expiries", poison=((1,),))),
+            ("attempts_stored_ahead", poisoned(poison=((), (0,)), inputs=2)),
+            ("attempts_stored_ahead", poisoned("expiries", "expiries", poison=((1,),))),
+            ("clean_ends_excuse", poisoned(poison=((1,),))),
+            ("unheard_ends_excuse", poisoned("broker_crashes", "broker_crashes", poison=((1,),))),
+            ("grants_begin_anew", poisoned("kills", "copies", "failures", poison=((), (0,)), inputs=1)),
+            ("begun_leases_not_told_again", poisoned(poison=((), (0,)), inputs=1)),
+            ("turns_only_rise", poisoned("copies", "failures", poison=((), (0,)), inputs=1)),
+            ("cut_short_is_told", poisoned(poison=((), (0,)), inputs=1)),
         )
+    ],
+    "poison that is never put aside": [
+        Removal(("unclean_ends_count",), guards.POISON_LIVES, poisoned(poison=((1,),))),
     ],
     "dead letter": [
         Removal(("dead_letter_with_position",), guards.DEAD_LETTER_TWICE, poisoned("kills", poison=((1,),))),

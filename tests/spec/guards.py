@@ -32,7 +32,7 @@ OUTPUT_TWICE = "output twice: an input was processed twice between two seeks"
 OUTPUT_MISSING = "input skipped: a position moved without its output"
 WENT_BACK = "position went back without a Seek"
 SEEK_TWICE = "one Seek applied twice"
-INNOCENT_PUT_ASIDE = "innocent input put aside as a dead letter, though its worker was not ended so often from outside"
+INNOCENT_PUT_ASIDE = "innocent input put aside: its member did not vanish so often while it was under way"
 POISON_LIVES = "poison lives: it killed more workers than its attempts allow"
 DEAD_LETTER_TWICE = "dead letter twice"
 SEEK_LOST = "Seek reported as applied and is not"
@@ -106,6 +106,19 @@ class Guards:
     """15: a repeated Seek is known by its nonce; without, by any later lease of the same session."""
     unclean_ends_suspect: bool = True
     """18: a member that vanishes makes a suspect of everything it may have had in hand; without, the head is blamed."""
+    unclean_ends_count: bool = True
+    """18: the attempt that is under way when its member vanishes counts."""
+    clean_ends_excuse: bool = True
+    """18: the attempt that is under way when its partition is given back or taken does not count."""
+    unheard_ends_excuse: bool = True
+    """18: nor does that of a member that this broker, just started, never heard of."""
+    grants_begin_anew: bool = True
+    """18: to a new lease no attempt is under way, whatever came late under the one before."""
+    begun_leases_not_told_again: bool = True
+    """18, 14: whoever began an attempt had heard of its lease; what it does not report it has given back, and is
+    granted anew."""
+    turns_only_rise: bool = True
+    """18: that an attempt begins changes nothing when it is read once more."""
     offsets_move_forward: bool = True
     """15: a plain offset commit never moves a position back. Without: H7."""
     # ---- the broker: replies, opens, the disk
@@ -160,14 +173,16 @@ class Guards:
     answers_match_report: bool = True
     """14: the answer to a heartbeat counts only if what was reported is still so."""
     suspects_alone: bool = True
-    """18: a suspect is handled when nothing else is in hand, and nothing else before the position is behind it."""
+    """18: a suspect is handled when nothing else is in hand, and nothing else before that is done with."""
     suspects_alone_in_member: bool = True
     """18: nothing else in the whole member; without, in its partition."""
     nothing_beside_a_suspect: bool = True
     """18: what is no suspect waits, too; without, only other suspects do."""
-    attempts_counted_ahead: bool = True
-    """18: the attempt at a suspect is stored before it begins; without, the broker blames a suspected head when its
-    member is missed."""
+    attempts_stored_ahead: bool = True
+    """18: that an attempt at a suspect is under way is stored before it begins; without, the broker blames a suspected
+    head when its member is missed."""
+    cut_short_is_told: bool = True
+    """18: that an attempt was cut short is stored before its worker goes on."""
     dead_letter_with_position: bool = True
     """8, 18: a dead letter and the position behind its input are one commit."""
     repeated_race_is_unknown: bool = True
