@@ -176,8 +176,8 @@ class Rows(Protocol):
     def producer_names(self, after: str, limit: int) -> Sequence[tuple[str, int]]:
         """Names behind `after`, in order, with their ids."""
 
-    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
-        """Rows with at least this id, in order of id."""
+    def producer_ids(self, first: int, limit: int) -> Sequence[int]:
+        """Those that are at least `first`, in order."""
 
     def producer_count(self) -> int:
         """How many rows there are."""
@@ -305,8 +305,9 @@ class Core:
         self._paused_until_ms = 0
         self._swept_to = 0
         self._trim_at_ms = 0
-        self.alarm = ""
-        """What an operator must know now; empty when all is well."""
+        self._clock_alarm = ""
+        self._damage = ""
+        """What housekeeping could not read. It stays: nothing here mends it."""
 
     # ------------------------------------------------------------------------------------------ connections
 
@@ -353,6 +354,11 @@ class Core:
                         behind[topic.name] += partition.durable_next - min(row.next, partition.durable_next)
             figures[name] = GroupFigures(sum(member.heard for member in group.members.values()), behind)
         return figures
+
+    @property
+    def alarm(self) -> str:
+        """What an operator must know now; empty when all is well."""
+        return "; ".join(filter(None, (self._clock_alarm, self._damage)))
 
     @property
     def building_bytes(self) -> int:
@@ -1269,30 +1275,33 @@ class Core:
         known, self._clock_offset_ms = self._clock_offset_ms, offset_ms
         if known is not None and abs(offset_ms - known) > self._limits.clock_jump_ms:
             self._paused_until_ms = now.mono_ms + self._limits.clock_pause_ms
-            self.alarm = f"the wall clock jumped by {offset_ms - known} ms: retention and expiry are paused"
-        elif self.alarm and now.mono_ms >= self._paused_until_ms:
-            self.alarm = ""
+            self._clock_alarm = f"the wall clock jumped by {offset_ms - known} ms: retention and expiry are paused"
+        elif self._clock_alarm and now.mono_ms >= self._paused_until_ms:
+            self._clock_alarm = ""
 
     def _trim(self, now: Now) -> bool:
         """Remove a bounded number of batches that no longer count; True when there is more to do."""
         more = False
-        age_counts = now.mono_ms >= self._paused_until_ms
+        now_ms = now.wall_ms if now.mono_ms >= self._paused_until_ms else 0
         for row in list(self._topics.values()):
-            for index, floor in enumerate(row.floors):
-                key = (row.topic_id, index)
-                loaded = self._partitions.get(key)
-                wanted = (
-                    row.deleted or row.settings.retention_ms is not None or row.settings.retention_bytes is not None
-                )
-                if not wanted and (loaded is None or not floor):
-                    continue
-                more |= self._trim_partition(row, index, self._partition(*key), now.wall_ms if age_counts else 0)
-            if row.deleted and not more:
+            gone = row.deleted
+            for index in range(len(row.floors)):
+                try:
+                    more |= self._trim_partition(row, index, now_ms)
+                except Damaged as damage:  # what cannot be read is left as it is, and hurts no other
+                    self._damage = f"of a partition nothing is removed: {damage}"
+                    gone = False
+            if gone and not more:
                 self._remove_deleted(row)
         return more
 
-    def _trim_partition(self, row: TopicRow, index: int, partition: Partition, now_ms: int) -> bool:
-        floor = self._topics[row.topic_id].floors[index]
+    def _trim_partition(self, row: TopicRow, index: int, now_ms: int) -> bool:
+        """`now_ms`: 0 while nothing gets older."""
+        floor = row.floors[index]
+        wanted = row.deleted or row.settings.retention_ms is not None or row.settings.retention_bytes is not None
+        if not wanted and not (floor and (row.topic_id, index) in self._partitions):
+            return False
+        partition = self._partition(row.topic_id, index)
         # One row tells whether there is anything to do: this runs for every partition every second.
         if not topics.removable(row, partition, floor, self._rows.oldest(row.topic_id, index, 1), now_ms):
             return False
@@ -1328,12 +1337,15 @@ class Core:
         """Anonymous producers that were idle for long go, a page of rows at a time."""
         if now.mono_ms < self._paused_until_ms:
             return
-        rows = self._rows.producers_from(self._swept_to, SWEEP_ROWS)
-        self._swept_to = rows[-1].producer_id + 1 if len(rows) == SWEEP_ROWS else 0
-        for stored in rows:
-            if not stored.anonymous:
+        ids = self._rows.producer_ids(self._swept_to, SWEEP_ROWS)
+        self._swept_to = ids[-1] + 1 if len(ids) == SWEEP_ROWS else 0
+        for producer_id in ids:
+            try:
+                stored = self._rows.producer(producer_id)
+                row = self._producer(producer_id) if stored is not None and stored.anonymous else None
+            except Damaged as damage:
+                self._damage = f"a producer cannot be read: {damage}"
                 continue
-            row = self._producer(stored.producer_id)
             if row is not None and row.seen_ms < now.wall_ms - self._limits.anonymous_idle_ms:
                 self._delete_producer(row)
 

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from itertools import islice, starmap, takewhile
 from pathlib import Path
@@ -513,21 +513,18 @@ class Store:
             found = (item for item in _items_from(cursor, start) if item[0] != start)
             return [(key.decode(), schema.name_id(key, value)) for key, value in islice(found, limit)]
 
-    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
-        """Rows with at least this id, in order of id. Raises Damaged."""
-        lazy = {one for one in self._lazy.ids() if one >= producer_id}
-        rows: list[ProducerRow] = []
+    def producer_ids(self, first: int, limit: int) -> Sequence[int]:
+        """See `Rows.producer_ids`. Decodes no row of the B-tree."""
+        lazy: dict[int, bool] = {}
+        for one in [one for one in self._lazy.ids() if one >= first]:
+            with suppress(KeyError):  # it has reached its place meanwhile, where it is looked for next
+                lazy[one] = self._lazy.row(one) is not None
         with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCERS]) as cursor:
-            items = islice(_items_from(cursor, schema.ID_KEY.pack(producer_id)), limit + len(lazy))
-            stored = {schema.ID_KEY.unpack(key)[0]: value for key, value in items}
-        for number in sorted(stored.keys() | lazy):
-            key = schema.ID_KEY.pack(number)
-            row = self.producer(number) if number in lazy else schema.producer_row(key, stored[number])
-            if row is not None:
-                rows.append(row)
-                if len(rows) == limit:
-                    break
-        return rows
+            keys = cursor.iternext(values=False) if cursor.set_range(schema.ID_KEY.pack(first)) else ()
+            stored = [schema.ID_KEY.unpack(key)[0] for key in islice(keys, limit + len(lazy))]
+        return sorted([*[one for one in stored if one not in lazy], *[one for one, there in lazy.items() if there]])[
+            :limit
+        ]
 
     def producer_count(self) -> int:
         """How many rows there are."""
@@ -944,10 +941,10 @@ class MemoryStore:
         start = bisect_right(self._sorted_names, after)
         return [(name, self._names[name]) for name in self._sorted_names[start : start + limit]]
 
-    def producers_from(self, producer_id: int, limit: int) -> Sequence[ProducerRow]:
-        """Rows with at least this id, in order of id."""
-        start = bisect_left(self._producer_ids, producer_id)
-        return [self._producers[number] for number in self._producer_ids[start : start + limit]]
+    def producer_ids(self, first: int, limit: int) -> Sequence[int]:
+        """See `Rows.producer_ids`."""
+        start = bisect_left(self._producer_ids, first)
+        return self._producer_ids[start : start + limit]
 
     def producer_count(self) -> int:
         """How many rows there are."""

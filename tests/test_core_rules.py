@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from idemq.broker.core import Damaged, Read
 from idemq.broker.fetches import collect
+from idemq.broker.producers import ProducerRow
 from idemq.broker.store import MemoryStore
-from idemq.broker.topics import Ends
+from idemq.broker.topics import Ends, Mark
 from idemq.client import wire
 from idemq.client.wire import Code, Committed
 
@@ -268,3 +270,50 @@ def test_what_is_trimmed_between_the_decision_and_the_reading_is_told(below: int
     # The reader cuts the payload by what the parts say.
     assert [one.length for one in [*part.batches, *other.batches]] == [len(batch) for batch in payload]
     assert b"of the other partition" in payload[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+class DamagedStore(MemoryStore):
+    """Some rows of it do not match their checksums."""
+
+    damaged_producer = damaged_topic = 0
+
+    def producer(self, producer_id: int) -> ProducerRow | None:
+        if producer_id == self.damaged_producer:
+            raise Damaged(f"producer {producer_id}")
+        return super().producer(producer_id)
+
+    def oldest(self, topic_id: int, partition: int, limit: int) -> Sequence[Mark]:
+        if (topic_id, partition) == (self.damaged_topic, 0):
+            raise Damaged(f"topic {topic_id}")
+        return super().oldest(topic_id, partition, limit)
+
+
+def test_a_damaged_row_in_the_way_of_housekeeping_hurts_no_other_and_is_the_operators_alarm() -> None:
+    store = DamagedStore()
+    broker = CoreBroker(store, anonymous_idle_ms=HOUR_MS)
+    connection = broker.connect()
+    topic_id = broker.topic(connection, partitions=2, retention_ms=HOUR_MS)
+    for partition in (0, 1):
+        broker.ask(connection, *commit(None, -1, 0, (topic_id, partition, 0)))
+        assert store.oldest(topic_id, partition, 1)
+    damaged = broker.open(connection, "damaged", anonymous=True)
+    broker.open(connection, "idle", anonymous=True)
+    # A core that starts again has read nothing yet.
+    broker = CoreBroker(store, anonymous_idle_ms=HOUR_MS)
+    store.damaged_producer, store.damaged_topic = damaged.producer_id, topic_id
+    broker.tick(2 * HOUR_MS)
+    broker.tick(1000)
+    assert f"producer {damaged.producer_id}" in broker.core.alarm
+    assert list(store.producer_ids(0, 10)) == [damaged.producer_id]
+    store.damaged_producer = 0
+    broker = CoreBroker(store, anonymous_idle_ms=HOUR_MS)
+    broker.tick(2 * HOUR_MS)
+    assert f"topic {topic_id}" in broker.core.alarm
+    assert store.oldest(topic_id, 1, 1) == [], "the other partition's retention goes on"
+    broker.ask(broker.connect(), wire.DeleteTopic(topic_id))
+    broker.tick(1000)
+    broker.tick(1000)
+    assert [topic.topic_id for topic in store.topics()] == [topic_id], "what cannot be read is not removed, either"

@@ -46,6 +46,7 @@ from idemq.client.wire import (
 )
 
 from .raw import TIMEOUT_S, Closed, Raw, Running
+from .rows import producer_rows
 from .test_server import Held, start, stored_bodies, wait_for
 
 HELLO = wire.encode(1, Hello(wire.VERSION, "test"))
@@ -782,7 +783,7 @@ def rows(store: MemoryStore) -> Any:
         store.counter(),
         store.space().used_bytes,
         list(store.topics()),
-        store.producers_from(0, 1000),
+        producer_rows(store, 0, 1000),
         store._offsets,
     )
 

@@ -31,6 +31,8 @@ from idemq.broker.topics import Ends, Mark, TopicRow
 from idemq.client import wire
 from idemq.client.wire import Position, Settings
 
+from .rows import producer_rows
+
 
 def batch(
     topic_id: int, partition: int, count: int, body: bytes = b"body", producer_id: int = 0, first: int = 0
@@ -104,7 +106,7 @@ def test_new_store_is_empty(any_store: Storage) -> None:
     assert any_store.producer(1) is None
     assert any_store.producer_id("nobody") is None
     assert any_store.producer_names("", 10) == []
-    assert any_store.producers_from(0, 10) == []
+    assert producer_rows(any_store, 0, 10) == []
     assert any_store.offset(OffsetKey("group", 1, 0)) is None
     assert any_store.offsets_from(None, 10) == []
     assert any_store.offset_count() == 0
@@ -151,7 +153,7 @@ def test_rows_are_replaced_and_removed(any_store: Storage) -> None:
     assert any_store.producer_id("name-4") is None
     assert any_store.offset(key) is None
     assert any_store.producer_count() == 1
-    assert any_store.producers_from(0, 10) == [producer(5)]
+    assert producer_rows(any_store, 0, 10) == [producer(5)]
 
 
 def test_a_name_goes_and_comes_back_in_one_group(any_store: Storage) -> None:
@@ -168,9 +170,9 @@ def test_producers_are_listed_by_name_and_by_id(any_store: Storage) -> None:
     assert any_store.producer_names("", 2) == [("a", 2), ("b", 3)]
     assert any_store.producer_names("b", 5) == [("c", 1), ("ä", 900)]
     assert any_store.producer_names("ä", 5) == []
-    assert [row.producer_id for row in any_store.producers_from(2, 2)] == [2, 3]
-    assert [row.producer_id for row in any_store.producers_from(4, 9)] == [900]
-    assert any_store.producers_from(901, 9) == []
+    assert [row.producer_id for row in producer_rows(any_store, 2, 2)] == [2, 3]
+    assert [row.producer_id for row in producer_rows(any_store, 4, 9)] == [900]
+    assert producer_rows(any_store, 901, 9) == []
 
 
 def test_many_rows_in_one_group_are_the_same(any_store: Storage) -> None:
@@ -182,8 +184,8 @@ def test_many_rows_in_one_group_are_the_same(any_store: Storage) -> None:
     del rows[4]
     any_store.commit(created(producer(500)))
     rows[500] = producer(500)
-    assert any_store.producers_from(0, 1000) == list(rows.values())
-    assert any_store.producers_from(3, 2) == [rows[3], rows[5]]
+    assert producer_rows(any_store, 0, 1000) == list(rows.values())
+    assert producer_rows(any_store, 3, 2) == [rows[3], rows[5]]
     assert any_store.producer(3) == rows[3]
     assert any_store.producer(4) is None
     assert any_store.producer_count() == len(rows)
@@ -417,8 +419,8 @@ class BothStores(RuleBasedStateMachine):
         assert one.space().txn_id == other.space().txn_id
         assert list(one.topics()) == list(other.topics())
         assert one.producer_count() == other.producer_count()
-        assert one.producers_from(0, 1000) == other.producers_from(0, 1000)
-        assert one.producers_from(self.number // 2, 3) == other.producers_from(self.number // 2, 3)
+        assert producer_rows(one, 0, 1000) == producer_rows(other, 0, 1000)
+        assert producer_rows(one, self.number // 2, 3) == producer_rows(other, self.number // 2, 3)
         assert one.producer_names("name-2", 5) == other.producer_names("name-2", 5)
         assert [one.producer(number) for number in range(5)] == [other.producer(number) for number in range(5)]
         for topic_id, partition in ((1, 0), (1, 1), (2, 0), (2, 1)):
@@ -527,7 +529,7 @@ def test_rows_that_wait_stay_bounded(directory: Path) -> None:
         opened.commit(Group(counter=1))
     opened.commit(Group(producers={5: None}, names={"name-5": None}))
     del rows[5]
-    assert opened.producers_from(0, 100) == [rows[number] for number in sorted(rows)]
+    assert producer_rows(opened, 0, 100) == [rows[number] for number in sorted(rows)]
     with opened._environment.begin() as txn:
         behind = sum(placed(opened, txn, number) != rows.get(number) for number in range(1, 61))
     assert behind < 45, "most rows stand in the B-tree too"
@@ -629,7 +631,7 @@ def test_reads_from_other_threads_see_whole_commits(lmdb_store: Store) -> None:
     def look() -> None:
         seen = dict.fromkeys(numbers, 0)
         while not done.is_set():
-            listed = {row.producer_id: row for row in lmdb_store.producers_from(0, 100)}
+            listed = {row.producer_id: row for row in producer_rows(lmdb_store, 0, 100)}
             if len(listed) != len(numbers):
                 wrong.append(f"{len(listed)} rows")
             for number in numbers:

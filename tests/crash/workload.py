@@ -17,6 +17,7 @@ from idemq.broker.store import MemoryStore, Storage
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
 from idemq.client.wire import Settings, TopicPartition
+from tests.rows import producer_rows
 
 PARTITIONS = 2
 PRODUCERS = 14
@@ -46,7 +47,7 @@ def content(of: Storage) -> Content:
         logs.append((ends, of.read(topic_id, index, first, 1 << 30, 1 << 60)))
     keys = [OffsetKey(group, *one) for group in GROUPS for one in where]
     names = of.producer_names("", 1000)
-    producers = of.producers_from(0, 1000)
+    producers = producer_rows(of, 0, 1000)
     return (
         of.space().txn_id,
         of.counter(),
@@ -103,7 +104,7 @@ def _groups(memory: MemoryStore, dice: random.Random) -> Iterator[Group]:
 
 def _requests(memory: MemoryStore, dice: random.Random, step: int) -> Iterator[tuple[Any, bytes]]:
     topics = [topic for topic in memory.topics() if not topic.deleted]
-    known = memory.producers_from(0, 1000)
+    known = producer_rows(memory, 0, 1000)
     names = [f"producer-{index}" for index in range(PRODUCERS)]
     for name in names if step == 1 else dice.sample(names, 1):
         yield wire.Open(name, f"session-{step}", _epoch(memory, name), name.endswith("3")), b""

@@ -17,6 +17,7 @@ from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
 from idemq.client.pipeline import Producer, Tally
 from idemq.client.records import Record
 
+from ..rows import producer_rows
 from .oracle import Ask, Input, Source, Transaction, Violation
 
 if TYPE_CHECKING:
@@ -572,7 +573,7 @@ def admin(world: World, process: Process) -> None:
         retention = wire.Settings(retention_ms=rng.choice((None, 3000)), retention_bytes=rng.choice((None, 400)))
         ask(wire.AlterTopic(topic.topic_id, rng.choice((1, 2, 3)), retention))
     elif chance < 0.66:
-        rows = world.store.producers_from(0, 50)
+        rows = producer_rows(world.store, 0, 50)
         if rows:
             row = rng.choice(rows)
             ask(wire.DeleteProducer(row.producer_id, row.epoch - rng.choice((0, 0, 0, 1)) or 1))
@@ -606,7 +607,7 @@ def probe(world: World) -> None:
     """One request that no session makes; whatever it carries must never be stored."""
     rng = world.rng
     topics = [topic for topic in world.store.topics() if not topic.deleted]
-    rows = world.store.producers_from(0, 50)
+    rows = producer_rows(world.store, 0, 50)
     if not topics or not rows:
         return
     topic, row = rng.choice(topics), rng.choice(rows)
