@@ -181,7 +181,8 @@ class Schedule:
         line = works[0].line
         assert line is not None
         for work in works:
-            assert line.works.popleft() is work
+            first = line.works.popleft()
+            assert first is work
             line.finished -= 1
         self._finished -= len(works)
         self.in_hand -= len(works)
