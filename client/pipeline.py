@@ -226,7 +226,6 @@ class QueuedCommit:
     """One commit of a producer's queue: open for more records, or frozen when first sent (C1)."""
 
     __slots__ = (
-        "answered",
         "appends",
         "bytes",
         "deadline",
@@ -361,9 +360,6 @@ class Producer:
         self.tallies: list[Tally] = []
         """Those somebody waits for."""
         self.room_waiters: deque[Waiter] = deque()
-        self.stored = 0
-        self.duplicates = 0
-        """Records answered so far, for summaries."""
         self.unreported: list[IdemqError] = []
         """Failures of records that nobody waits for: told by the next flush or close."""
 

@@ -1,9 +1,9 @@
-"""The client's whole decision logic, pure: numbers, what is in flight, what an answer means, when to try again.
+"""What a client says to its broker, decided, pure: numbers, what is in flight, what an answer means, when to try again.
 
-The rules C1 to C10 of broker/PROTOCOL.md live here, over the state in `pipeline.py`, and nowhere else. A session is one
-client's dealings with a broker: at most one connection at a time, any number of producers on it. It may not know a
-socket, a clock, a task or a future: time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque
-`waiter`. The shell calls in,
+The rules C1 to C10 of broker/PROTOCOL.md live here, over the state in `pipeline.py`, and nowhere else; but for what C6
+says of positions that move without a producer, which is `membership.py`'s. A session is one client's dealings with a
+broker: at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a
+future: time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
 
     connected, received, disconnected, tick          what the connection and the clock do
     call, open, enqueue, enqueue_many, transact …    what the user wants
@@ -127,7 +127,7 @@ class Session:
         self.producers: list[Producer] = []
         self._producers_added = 0
         self.reconnects = 0
-        """Connections made after the first: for people and demos."""
+        """Connections made after the first."""
         self._rng = rng
         self._correlation = 0
         self._txn_id = 0
@@ -760,7 +760,6 @@ class Session:
             producer.highest, producer.given, producer.sticky = highest, given, sticky
             raise
         if duplicates and not commit.order:
-            producer.duplicates += len(duplicates)
             last = max([one.seq for one in duplicates if one.seq is not None])
             for queued in producer.queue:
                 if last <= queued.last_seq:  # in line, not stored yet (C8)
@@ -779,7 +778,6 @@ class Session:
         commit.records = len(commit.order)
         commit.bytes = size
         commit.waiter = waiter if not duplicates else Prefixed(duplicates, waiter)
-        producer.duplicates += len(duplicates)
         commit.deadline = deadline
         self._wake(deadline)
         producer.buffered_bytes += size
@@ -818,7 +816,6 @@ class Session:
         tally: Tally | None,
     ) -> None:
         """A number that was given before: wait for that record, or answer that it is stored."""
-        producer.duplicates += 1
         if tally is not None:
             tally.duplicates += 1
         seq = record.seq
@@ -974,10 +971,6 @@ class Session:
     def _stored(
         self, producer: Producer, commit: QueuedCommit, duplicate: bool, positions: Sequence[wire.Position] | None
     ) -> None:
-        if duplicate:
-            producer.duplicates += commit.records
-        else:
-            producer.stored += commit.records
         for tally, count in commit.tallies.items():
             if duplicate:
                 tally.duplicates += count
