@@ -144,10 +144,7 @@ class EngineProducer(Protocol):
         """Enqueue before the first await, return when durable."""
 
     async def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally, timeout: float) -> int:
-        """Put a chunk in line; returns how many of it were taken before the buffer was full."""
-
-    async def room(self, timeout: float) -> None:
-        """Wait until the buffer takes more."""
+        """Put a chunk in line, once the buffer has room; returns how many of it were taken before that was full."""
 
     async def finish(self, tally: Tally, timeout: float) -> None:
         """Wait until all of a tally is decided."""
@@ -212,7 +209,7 @@ class Engine(Protocol):
         """Create a topic; with `exist_ok` one with the same settings may be there."""
 
     async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
-        """Give a topic these settings and at least this many partitions."""
+        """Give a topic these settings and this many partitions; it may not have more."""
 
     async def delete_topic(self, name: str, timeout: float) -> None:
         """Delete a topic and everything in it."""

@@ -62,11 +62,6 @@ class NativeEngine(Engine):
         """The store's name; empty before the first connection."""
         return self._session.incarnation
 
-    @property
-    def reconnects(self) -> int:
-        """Connections made after the first."""
-        return self._session.reconnects
-
     async def start(self, timeout: float) -> None:
         """Connect, and learn that a broker of our version answers."""
         await self._connection.ask(wire.Ping(), timeout)
@@ -86,7 +81,6 @@ class NativeEngine(Engine):
         return _topic_info(reply.topic)
 
     async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
-        """Give a topic these settings and this many partitions; it may not have more."""
         topic_id = (await self._topic(name, timeout)).id
         reply: wire.TopicIs = await self._connection.ask(
             _checked(wire.AlterTopic(topic_id, partitions, _settings(settings))), timeout
@@ -289,7 +283,6 @@ class NativeProducer(EngineProducer):
         return bool(self._state.queue or self._state.unreported)
 
     async def open(self, timeout: float) -> None:
-        """Take the name; id, epoch, last_seq and token are known then."""
         waiter = self._connection.future()
         now = self._connection.loop.time()
         self._session.open(now, self._state, waiter, now + timeout)
@@ -334,7 +327,7 @@ class NativeProducer(EngineProducer):
                 except TimeoutError:
                     raise BrokerBusy(f"others wait before this one, and nothing moved in {timeout:g} s") from None
             if not self._state.room:
-                await self.room(timeout)
+                await self._room(timeout)
             if self._state.breaks != breaks:
                 raise RetriableError("not stored, because what was sent before it was refused")
             yield
@@ -352,7 +345,7 @@ class NativeProducer(EngineProducer):
         self._connection.pump()
         return taken
 
-    async def room(self, timeout: float) -> None:
+    async def _room(self, timeout: float) -> None:
         """Wait until the buffer takes more, or raise BrokerBusy: nothing was enqueued."""
         waiter = self._connection.future()
         self._session.want_room(self._state, waiter)

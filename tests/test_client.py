@@ -133,7 +133,7 @@ async def test_the_transport_of_a_dial_that_took_too_long_is_no_news(monkeypatch
         late[0].close()
         await asyncio.sleep(0.01)
         assert await mq.ping()
-        assert mq._engine.reconnects == 0  # type: ignore[attr-defined]
+        assert mq._engine._session.reconnects == 0  # type: ignore[attr-defined]
 
 
 @run

@@ -158,8 +158,6 @@ class ListProducer:
             tally.duplicates += receipt.duplicate
         return 1
 
-    async def room(self, timeout: float) -> None: ...
-
     async def finish(self, tally: Tally, timeout: float) -> None: ...
 
     def abandon(self, tally: Tally) -> None:
