@@ -301,14 +301,14 @@ class NativeProducer(EngineProducer):
         if self._state.room and not self._line:  # the usual case, and the fast one
             seq = self._session.enqueue(connection.loop.time(), self._state, topic, record, waiter, deadline)
         else:
-            async with self._turn(timeout, not self._state.room):
+            async with self._turn(deadline, not self._state.room):
                 seq = self._session.enqueue(connection.loop.time(), self._state, topic, record, waiter, deadline)
         connection.kick()
         receipt: Receipt = await self._answer(waiter, seq)
         return receipt
 
     @asynccontextmanager
-    async def _turn(self, timeout: float, full: bool) -> AsyncIterator[None]:
+    async def _turn(self, deadline: float, full: bool) -> AsyncIterator[None]:
         """The producer's line: who came first puts in line first, whatever he waits for. Raises BrokerBusy.
 
         With given numbers, whoever waited here while something before him was refused is not stored either (C4).
@@ -322,12 +322,12 @@ class NativeProducer(EngineProducer):
         try:
             if self._line[0] is not mine:
                 try:
-                    async with asyncio.timeout(timeout):
+                    async with asyncio.timeout_at(deadline):
                         await mine.wait()
                 except TimeoutError:
-                    raise BrokerBusy(f"others wait before this one, and nothing moved in {timeout:g} s") from None
+                    raise BrokerBusy("others wait before this one, and its turn did not come in time") from None
             if not self._state.room:
-                await self._room(timeout)
+                await self._room(deadline)
             if self._state.breaks != breaks:
                 raise RetriableError("not stored, because what was sent before it was refused")
             yield
@@ -337,7 +337,7 @@ class NativeProducer(EngineProducer):
                 self._line[0].set()
 
     async def enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally, timeout: float) -> int:
-        async with self._turn(timeout, not self._state.room):
+        async with self._turn(self._connection.loop.time() + timeout, not self._state.room):
             return self._enqueue(topic, chunk, tally)
 
     def _enqueue(self, topic: str, chunk: Sequence[bytes | Record], tally: Tally) -> int:
@@ -345,20 +345,20 @@ class NativeProducer(EngineProducer):
         self._connection.pump()
         return taken
 
-    async def _room(self, timeout: float) -> None:
+    async def _room(self, deadline: float) -> None:
         """Wait until the buffer takes more, or raise BrokerBusy: nothing was enqueued."""
         waiter = self._connection.future()
         self._session.want_room(self._state, waiter)
         self._connection.kick()
         taken = False
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 await waiter
             taken = True
         except TimeoutError as late:
             if isinstance(late, OutcomeUnknown):
                 raise
-            text = f"{self._state.buffered_bytes} bytes wait to be answered, and nothing was in {timeout:g} s"
+            text = f"{self._state.buffered_bytes} bytes wait to be answered, and none was in time"
             raise BrokerBusy(text) from None
         finally:
             if not taken:  # also when room was offered in the turn in which this one gave up
@@ -382,7 +382,7 @@ class NativeProducer(EngineProducer):
         names = dict.fromkeys([name for name, _ in sends])
         unknown = any(self._session.topic(loop.time(), name) is None for name in names)
         waiter = connection.future()
-        async with self._turn(timeout, unknown):
+        async with self._turn(deadline, unknown):
             topics = await self._find(names, deadline)
             resolved = [(topics[name], record) for name, record in sends]
             seq = self._session.transact(loop.time(), self._state, resolved, offsets, token, waiter, deadline)

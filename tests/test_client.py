@@ -1114,6 +1114,33 @@ async def test_a_full_buffer_makes_the_sender_wait() -> None:
 
 
 @run
+async def test_whoever_waited_in_line_has_no_new_time_to_wait_for_room() -> None:
+    ended: list[str] = []
+    async with broker() as b, Link("127.0.0.1", b.port) as link, idemq.connect(link.url) as mq:
+        await mq.create_topic("t")
+        async with mq.producer(batch_bytes=1, in_flight=1) as p:
+            await p.send("t", b"warm")
+            link.stall()
+            full = asyncio.create_task(p.send("t", b"x"))
+            await asyncio.sleep(0)
+
+            async def late(name: str, timeout: float) -> None:
+                with pytest.raises(idemq.BrokerBusy):
+                    await p.send("t", b"late", timeout=timeout)
+                ended.append(name)
+
+            async def between() -> None:
+                await asyncio.sleep(0.25)
+                ended.append("between")
+
+            # With a time of its own for the room, which begins when the first gives up, the second would end at 0.3 s.
+            await asyncio.gather(late("first", 0.1), late("second", 0.2), between())
+            await link.heal()
+            await full
+    assert ended == ["first", "second", "between"]
+
+
+@run
 async def test_cancelled_questions_are_not_asked() -> None:
     async with broker() as b, idemq.connect(b.url) as mq:
         await b.stop()
