@@ -50,7 +50,7 @@ SCAN_ROWS = 2_500
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the core refuses beyond. Each is a setting of the broker (see `config.py`)."""
+    """What the core refuses beyond. Each but the last is a setting of the broker (see `config.py`)."""
 
     store_bytes_max: int = 64 << 30
     """Size of the store at which appends are refused with STORE_FULL."""

@@ -84,8 +84,8 @@ class Membership:
 def left_to_move(entries: Sequence[Offset], lost: LeaseLost) -> list[Offset] | None:
     """C6 for positions that move without a producer: which of these are still to be moved, now that this was answered.
 
-    The position that was refused is where it should be, if its lease ended there or further on; then the others are not
-    moved yet. None: it is not, or nobody knows, and the same for an entry that tells of attempts.
+    The position that was refused is where it should be, if its lease ended there or further on; whether the others are,
+    too, asking again shows. None: it is not, or nobody knows, and the same for an entry that tells of attempts.
     """
     ended_at, where = lost.details.get("next"), lost.partitions
     for entry in entries:

@@ -71,7 +71,7 @@ DETAILS_MAX = 16
 FETCH_BYTES_MAX = 8 << 20
 """What one fetch may ask for; a single larger batch is still delivered."""
 WAIT_MS_MAX = 60_000
-"""How long a fetch may wait for data."""
+"""How long a fetch may wait for data, or a heartbeat for something to change."""
 REMEMBERED = 32
 """K: original results kept for each producer. PROTOCOL rule 12: at least the commits in flight."""
 IN_FLIGHT_MAX = 16
@@ -956,7 +956,7 @@ class Splitter:
 # on read. The checksum covers all that follows it, so also where the batch belongs: it cannot land on another topic
 # unnoticed.
 #
-#   u32 checksum | u8 format | u8 codec | u32 count | u64 topic id | u32 partition | u64 producer id (0: none)
+#   u32 checksum | u8 format | u8 codec | u32 records | u64 topic id | u32 partition | u64 producer id (0: none)
 #   | i64 first sequence | i64 last sequence | u32 body length | body
 
 BATCH_FORMAT = 1
