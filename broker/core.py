@@ -361,6 +361,11 @@ class Core:
         return "; ".join(filter(None, (self._clock_alarm, self._damage)))
 
     @property
+    def space(self) -> Space:
+        """As the store measured last."""
+        return self._space
+
+    @property
     def building_bytes(self) -> int:
         """Payload that waits for the next group commit: the server stops reading when it grows."""
         return self._building.payload_bytes

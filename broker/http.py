@@ -137,7 +137,7 @@ def _readyz(server: Server) -> tuple[str, str]:
 
 def status(server: Server) -> dict[str, Any]:
     """The broker's figures. Counters begin at its start; `…_s` are seconds."""
-    counts, space = server.counts, server.space
+    counts, space = server.counts, server.core.space
     return {
         "version": __version__,
         "uptime_s": server.uptime_s,

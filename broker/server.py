@@ -468,8 +468,6 @@ class Server:
     def __init__(self, config: Config, store: Storage, access_token: str, fail: Callable[[], Any]) -> None:
         self.config = config
         self.store = store
-        self.space: Space
-        """As measured last."""
         self.fail = fail
         self.counts = Counts()
         self.loop: asyncio.AbstractEventLoop
@@ -494,7 +492,6 @@ class Server:
         self._limits = replace(config.limits, connections_max=max(1, min(config.connections_max, fds)))
         if self._limits.connections_max < config.connections_max:
             log.warning("only %d connections are taken: raise `ulimit -n`", self._limits.connections_max)
-        self.space = store.space()
         self.core = self._new_core()
         self._group: Group | None = None
         self._scheduled = False
@@ -722,7 +719,6 @@ class Server:
     def _written(self, group: Group, outcome: Space | BaseException, seconds: float) -> None:
         self._group = None
         if isinstance(outcome, Space):
-            self.space = outcome
             self.counts.stored(group, seconds)
             if group.appends:
                 self._hot.add(group)

@@ -778,6 +778,14 @@ def test_pages() -> None:
         }
 
 
+def test_the_free_space_that_is_told_follows_the_disk_without_a_write_of_ours() -> None:
+    store = MemoryStore()
+    with Running(store) as running:
+        store.disk_bytes = 12_345
+        while json.loads(running.get("/api/status")[2])["disk_bytes"] != 12_345:
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
