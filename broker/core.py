@@ -200,7 +200,7 @@ class Connection:
     serial: int = 0
     client: str = ""
     session: str = ""
-    parked: dict[_Waiter, None] = field(default_factory=dict)
+    waiters: dict[_Waiter, None] = field(default_factory=dict)
     """Its fetches that wait."""
     closed: bool = False
 
@@ -322,7 +322,7 @@ class Core:
         """A connection is gone: nothing more comes from it, and nothing is sent to it."""
         connection.closed = True
         self._connection_count -= 1
-        for waiter in list(connection.parked):
+        for waiter in list(connection.waiters):
             self._forget_waiter(waiter)
         self._connections.pop(connection.serial, None)
         if connection.session:
@@ -495,7 +495,7 @@ class Core:
         self._names[row.name] = self._building.names[row.name] = row.producer_id
         self._producer_count += 1
 
-    def _delete_producer(self, row: ProducerRow) -> None:
+    def _remove_producer(self, row: ProducerRow) -> None:
         self._producers[row.producer_id] = self._building.producers[row.producer_id] = None
         self._names[row.name] = self._building.names[row.name] = None
         self._producer_count -= 1
@@ -1164,16 +1164,16 @@ class Core:
     def _fetch(
         self, now: Now, connection: Connection, correlation: int, request: wire.Fetch, payload: bytes
     ) -> Read | Failed | None:
-        for waiter in [one for one in connection.parked if request.reader and one.request.reader == request.reader]:
+        for waiter in [one for one in connection.waiters if request.reader and one.request.reader == request.reader]:
             self._forget_waiter(waiter)
             self._release(Reply(connection, waiter.correlation, wire.Fetched([])))
         read = self._look(connection, correlation, request)
         if request.wait_ms == 0 or read.parts or any(one.offset < one.next for one in read.ranges):
             return read
-        if len(connection.parked) >= self._limits.fetches_max:
+        if len(connection.waiters) >= self._limits.fetches_max:
             return Failed(Code.BUSY, f"a connection waits for {self._limits.fetches_max} fetches at once (fetches_max)")
         waiter = _Waiter(connection, correlation, request, now.mono_ms + request.wait_ms)
-        connection.parked[waiter] = None
+        connection.waiters[waiter] = None
         self._waiter_number += 1
         heappush(self._deadlines, (waiter.deadline_ms, self._waiter_number, waiter))
         for one in read.ranges:
@@ -1215,7 +1215,7 @@ class Core:
 
     def _forget_waiter(self, waiter: _Waiter) -> wire.Fetch:
         waiter.done = True
-        del waiter.connection.parked[waiter]
+        del waiter.connection.waiters[waiter]
         request, waiter.request = waiter.request, _ANSWERED  # its deadline may be far, and a request large
         for topic_id, partition, _ in request.ranges:
             waiting = self._waiters.get((topic_id, partition))
@@ -1259,7 +1259,7 @@ class Core:
             for after, _ in names:
                 yield self._producer_named(after)
 
-    def _delete_producer_request(
+    def _delete_producer(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteProducer, payload: bytes
     ) -> wire.Done | Failed:
         row = self._producer(request.producer_id)
@@ -1269,7 +1269,7 @@ class Core:
             return wire.Done()
         if row.epoch != request.epoch:
             return producers.fenced(row, request.epoch)
-        self._delete_producer(row)
+        self._remove_producer(row)
         return wire.Done()
 
     # ------------------------------------------------------------------------------------------- housekeeping
@@ -1352,7 +1352,7 @@ class Core:
                 self._damage = f"a producer cannot be read: {damage}"
                 continue
             if row is not None and row.seen_ms < now.wall_ms - self._limits.anonymous_idle_ms:
-                self._delete_producer(row)
+                self._remove_producer(row)
 
 
 _CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MISMATCH})
@@ -1411,6 +1411,6 @@ _HANDLERS: dict[type[Any], _Handler] = {
     wire.Fetch: Core._fetch,
     wire.OffsetAt: Core._offset_at,
     wire.Producers: Core._list_producers,
-    wire.DeleteProducer: Core._delete_producer_request,
+    wire.DeleteProducer: Core._delete_producer,
 }
 assert _HANDLERS.keys() == wire.REQUESTS.keys(), "every request has its handler"

@@ -74,7 +74,7 @@ class Counts:
         self.record_bytes = 0
         self.refusals: Counter[str] = Counter()
         self.group_commits = 0
-        self.group_failures = 0
+        self.group_commit_failures = 0
         self.damage_met = 0
         self.commit_seconds = 0.0
         self.commit_buckets = [0] * (len(COMMIT_SECONDS) + 1)
@@ -725,7 +725,7 @@ class Server:
                 self._live_until_ms = self.now().mono_ms + LIVE_MS
             self.send(self.core.committed(outcome))
         elif isinstance(outcome, StoreFull):
-            self.counts.group_failures += 1
+            self.counts.group_commit_failures += 1
             log.error("nothing of a group commit was stored, all connections are closed: %s", outcome)
             for peer in list(self._peers.values()):
                 peer.cut()

@@ -1176,7 +1176,7 @@ async def test_a_store_that_is_full_for_a_while() -> None:
         await p.send("t", b"0")
         disk.full = True
         sends = [asyncio.create_task(p.send("t", b"%d" % n)) for n in range(1, 4)]
-        await eventually(lambda: b.server.counts.group_failures >= 2)
+        await eventually(lambda: b.server.counts.group_commit_failures >= 2)
         with pytest.raises(OutcomeUnknown):
             await p.send("t", b"4", timeout=0.05)
         disk.full = False

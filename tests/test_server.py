@@ -584,7 +584,7 @@ def test_a_definite_failure_keeps_nothing_and_closes_everything(held: bool) -> N
             assert stored_bodies(again) == [b"zero"]
             assert again.call(*again.commit(1, b"one")).positions[0].offset == 1
             assert stored_bodies(again) == [b"zero", b"one"]
-        assert running.server.counts.group_failures == 1
+        assert running.server.counts.group_commit_failures == 1
     assert not running.failed
 
 
@@ -764,6 +764,7 @@ def test_pages() -> None:
             r'idemq_group_behind{group="the \"g\\roup\"",topic="t"} 2',
             'idemq_refusals_total{code="UNKNOWN_TOPIC"} 1',
             "idemq_group_commit_seconds_count 7",
+            "idemq_group_commit_failures_total 0",
             'idemq_group_commit_seconds_bucket{le="+Inf"} 7',
             "idemq_alarm 0",
         ):
