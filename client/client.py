@@ -26,6 +26,7 @@ from .errors import (
     UnknownProducer,
     UnknownTopic,
     Unsupported,
+    checked,
 )
 from .group import Callback
 from .native import NativeEngine
@@ -148,10 +149,7 @@ class Client:
                 raise InvalidRequest("a producer with dedup=False has no name: nothing is remembered for it")
             if not name or name.startswith("~"):
                 raise InvalidRequest("a producer's name is not empty and does not begin with '~'")
-            try:
-                wire.check(wire.Open(name, "-", 0))
-            except ValueError as error:
-                raise InvalidRequest(str(error)) from None
+            checked(wire.Open(name, "-", 0))
         if not 1 <= in_flight <= wire.IN_FLIGHT_MAX:
             raise InvalidRequest(f"in_flight lies in 1 .. {wire.IN_FLIGHT_MAX}")
         if not 1 <= batch_bytes <= wire.MESSAGE_BYTES_MAX:
@@ -404,10 +402,7 @@ async def seek(engine: Engine, group: str, key: TopicPartition, lease: int, to: 
 
 def check_group(name: str) -> None:
     """Raises InvalidRequest for what is no group's name."""
-    try:
-        wire.check(wire.DeleteOffsets(name, 1))
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None
+    checked(wire.DeleteOffsets(name, 1))
 
 
 def _settings(

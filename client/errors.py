@@ -1,4 +1,4 @@
-"""The exceptions a user sees, and how a refusal becomes one.
+"""The exceptions a user sees, and how a refusal becomes one: the broker's, and ours by the wire's own checks.
 
     IdemqError
     ├── RetriableError        certainly not stored, nothing wrong with the request
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from .wire import REMEDIES, Code, Failed
+from .wire import REMEDIES, Code, Failed, check
 
 Details = Mapping[str, int | str | None]
 
@@ -322,3 +322,12 @@ def from_refusal(failed: Failed) -> IdemqError:
     known = _BY_CODE.get(failed.code, FatalError)
     remedy = REMEDIES[Code(failed.code)].remedy if failed.code in Code.__members__ else None
     return known(failed.text, code=failed.code, details=failed.details, remedy=remedy)
+
+
+def checked(request: Any, about: str = "") -> Any:
+    """The request, unless the broker would refuse what stands in it: then InvalidRequest, `about` in front of why."""
+    try:
+        check(request)
+    except ValueError as error:
+        raise InvalidRequest(f"{about}{error}") from None
+    return request

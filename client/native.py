@@ -29,7 +29,6 @@ from .engine import (
 from .errors import (
     BrokerBusy,
     IdemqError,
-    InvalidRequest,
     LeaseLost,
     OutcomeUnknown,
     ProducerFenced,
@@ -37,6 +36,7 @@ from .errors import (
     TransactionAborted,
     UnknownProducer,
     UnknownTopic,
+    checked,
 )
 from .membership import Changes, Membership, left_to_move
 from .pipeline import Producer, Tally, Topic
@@ -51,7 +51,7 @@ class NativeEngine(Engine):
     """idemq's own broker."""
 
     def __init__(self, address: Address, token: str, client: str, timeout: float) -> None:
-        _checked(wire.Hello(wire.VERSION, client, token))
+        checked(wire.Hello(wire.VERSION, client, token))
         rng = random.Random(secrets.randbits(64))
         config = core.SessionConfig(session=secrets.token_hex(16), client=client, token=token)
         self._session = core.Session(config, rng)
@@ -76,14 +76,14 @@ class NativeEngine(Engine):
     async def create_topic(
         self, name: str, partitions: int, settings: TopicSettings, exist_ok: bool, timeout: float
     ) -> TopicInfo:
-        wanted = _checked(wire.CreateTopic(name, partitions, _settings(settings), exist_ok, secrets.token_hex(8)))
+        wanted = checked(wire.CreateTopic(name, partitions, _settings(settings), exist_ok, secrets.token_hex(8)))
         reply: wire.TopicIs = await self._connection.ask(wanted, timeout)
         return _topic_info(reply.topic)
 
     async def alter_topic(self, name: str, partitions: int, settings: TopicSettings, timeout: float) -> TopicInfo:
         topic_id = (await self._topic(name, timeout)).id
         reply: wire.TopicIs = await self._connection.ask(
-            _checked(wire.AlterTopic(topic_id, partitions, _settings(settings))), timeout
+            checked(wire.AlterTopic(topic_id, partitions, _settings(settings))), timeout
         )
         return _topic_info(reply.topic)
 
@@ -98,7 +98,7 @@ class NativeEngine(Engine):
         found: list[TopicInfo] = []
         after = ""
         while True:
-            request = _checked(wire.Metadata(None if names is None else list(names), after))
+            request = checked(wire.Metadata(None if names is None else list(names), after))
             reply: wire.Topics = await self._connection.ask(request, timeout)
             found += [_topic_info(entry) for entry in reply.topics]
             if not reply.more:
@@ -109,7 +109,7 @@ class NativeEngine(Engine):
         found: list[ProducerInfo] = []
         after = ""
         while True:
-            request = _checked(wire.Producers(None if names is None else list(names), after))
+            request = checked(wire.Producers(None if names is None else list(names), after))
             reply: wire.ProducersAre = await self._connection.ask(request, timeout)
             found += [ProducerInfo(*entry) for entry in reply.producers]
             if not reply.more:
@@ -141,7 +141,7 @@ class NativeEngine(Engine):
 
     async def offset_at(self, topic_id: int, partition: int, timestamp: int, timeout: float) -> int:
         reply: wire.OffsetIs = await self._connection.ask(
-            _checked(wire.OffsetAt(topic_id, partition, timestamp)), timeout
+            checked(wire.OffsetAt(topic_id, partition, timestamp)), timeout
         )
         return reply.offset
 
@@ -153,7 +153,7 @@ class NativeEngine(Engine):
     ) -> tuple[NativeMember, Changes]:
         membership = Membership(group, secrets.token_hex(12), topic_ids, start_ms, start_offset)
         try:
-            answer: wire.Assignment = await self._connection.ask(_checked(membership.report(0)), timeout)
+            answer: wire.Assignment = await self._connection.ask(checked(membership.report(0)), timeout)
         except BaseException:  # given up, also by cancellation: it must not keep what it may have been granted
             membership.leave()
             now = self._connection.loop.time()
@@ -168,7 +168,7 @@ class NativeEngine(Engine):
             some = list(offsets[start : start + wire.APPENDS_MAX])
             while some:
                 try:
-                    await self._connection.ask(_checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
+                    await self._connection.ask(checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
                     break
                 except LeaseLost as lost:
                     left = left_to_move(some, lost)
@@ -179,7 +179,7 @@ class NativeEngine(Engine):
     async def seek(
         self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""
     ) -> wire.Sought:
-        request = _checked(wire.Seek(group, *key, secrets.token_hex(12), lease, to, member))
+        request = checked(wire.Seek(group, *key, secrets.token_hex(12), lease, to, member))
         connections = self._session.reconnects
         try:
             reply: wire.Sought = await self._connection.ask(request, timeout)
@@ -195,7 +195,7 @@ class NativeEngine(Engine):
         found: list[wire.OffsetEntry] = []
         after: wire.OffsetAfter | None = None
         while True:
-            reply: wire.OffsetsAre = await self._connection.ask(_checked(wire.Offsets(group, after)), timeout)
+            reply: wire.OffsetsAre = await self._connection.ask(checked(wire.Offsets(group, after)), timeout)
             found += reply.offsets
             after = reply.after
             if after is None:
@@ -205,14 +205,14 @@ class NativeEngine(Engine):
         found: list[wire.MemberEntry] = []
         behind = ("", "")
         while True:
-            reply: wire.MembersAre = await self._connection.ask(_checked(wire.Members(group, *behind)), timeout)
+            reply: wire.MembersAre = await self._connection.ask(checked(wire.Members(group, *behind)), timeout)
             found += reply.members
             if not reply.more:
                 return found
             behind = (found[-1].group, found[-1].member)
 
     async def delete_offsets(self, group: str, topic_id: int, timeout: float) -> None:
-        await self._connection.ask(_checked(wire.DeleteOffsets(group, topic_id)), timeout)
+        await self._connection.ask(checked(wire.DeleteOffsets(group, topic_id)), timeout)
 
     async def _topic(self, name: str, timeout: float) -> TopicInfo:
         found = await self.topics([name], timeout)
@@ -488,15 +488,6 @@ class NativeMember(EngineMember):
         """A report that waits says what is no longer so: take another in its place."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _checked(request: Any) -> Any:
-    """Refuse here, by the wire's own checks, what the broker would refuse."""
-    try:
-        wire.check(request)
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from None
-    return request
 
 
 def _milliseconds(seconds: float | None) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from . import wire
-from .errors import CircuitOpen, InvalidRequest
+from .errors import CircuitOpen, InvalidRequest, checked
 
 ATTEMPTS_MAX = 1_000_000
 """Bounds what is stored and doubled."""
@@ -77,10 +77,7 @@ class RetryPolicy:
             )
         for topic in (self.dead_letter, self.parking):
             if topic is not None:
-                try:
-                    wire.check(wire.CreateTopic(topic, 1, wire.Settings(), True, ""))
-                except ValueError as error:
-                    raise InvalidRequest(f"{topic!r} is no topic's name: {error}") from None
+                checked(wire.CreateTopic(topic, 1, wire.Settings()), f"{topic!r} is no topic's name: ")
         if self.parking is not None and self.parking == self.dead_letter:
             raise InvalidRequest("dead letters and parked messages need a topic each")
         if self.parking is not None and self.max_attempts == 1:

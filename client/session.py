@@ -34,6 +34,7 @@ from .errors import (
     TransactionTooLarge,
     UnknownTopic,
     Unsupported,
+    checked,
     from_refusal,
 )
 from .pipeline import (
@@ -1197,10 +1198,7 @@ def _is_answer(entry: Any, message: Any) -> bool:
 
 def check_topic(name: str) -> None:
     """Whatever is sent must be encodable; whether the topic exists is the broker's answer."""
-    try:
-        wire.check(wire.Metadata([name]))
-    except ValueError as error:
-        raise InvalidRequest(f"{name!r} is no topic's name: {error}") from None
+    checked(wire.Metadata([name]), f"{name!r} is no topic's name: ")
 
 
 def _check_partition(topic: Topic, record: Record) -> None:
