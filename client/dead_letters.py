@@ -255,9 +255,9 @@ class Gone:
         return token
 
 
-TRANSACTION_MESSAGES_MAX = 500
-TRANSACTION_BYTES_MAX = COMMIT_BYTES_MAX // 2
-"""What goes back in one transaction, beside one message."""
+TAKE_OUT_MESSAGES_MAX = 500
+TAKE_OUT_BYTES_MAX = COMMIT_BYTES_MAX // 2
+"""What leaves in one transaction, beside one message."""
 
 
 class DeadLetters:
@@ -306,7 +306,7 @@ class DeadLetters:
             some: list[tuple[Message, Origin]] = []
             async for message in self._read(gone, places):
                 back = origin(message)
-                if size + len(message.value) > TRANSACTION_BYTES_MAX or len(some) == TRANSACTION_MESSAGES_MAX:
+                if size + len(message.value) > TAKE_OUT_BYTES_MAX or len(some) == TAKE_OUT_MESSAGES_MAX:
                     await _store(producer, gone, earliest, some, send)
                     count, size, some = count + len(some), 0, []
                 some.append((message, back))
@@ -335,7 +335,7 @@ class DeadLetters:
             def is_through() -> bool:
                 return all(sub.positions()[where] >= end for where, end in ends.items())
 
-            batches = sub.batches(TRANSACTION_MESSAGES_MAX, 0.0)
+            batches = sub.batches(TAKE_OUT_MESSAGES_MAX, 0.0)
             while not is_through():
                 try:
                     async with asyncio.timeout(self._client._timeout):

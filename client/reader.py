@@ -16,7 +16,7 @@ from . import records
 from .engine import Engine, FetchedPart, TopicInfo
 from .errors import ChecksumMismatch, ClientClosed, IdemqError, OffsetTruncated, StoreReplaced, UnknownTopic
 from .records import UNLEASED, Delivery, StoredBatch
-from .wire import APPENDS_MAX, FETCH_BYTES_MAX, Code, TopicPartition
+from .wire import APPENDS_MAX, Code, TopicPartition
 
 FETCH_BYTES = 1 << 20
 """What one fetch asks for."""
@@ -262,7 +262,7 @@ class Reader:
                     return
                 ranked = sorted(wanted, key=lambda one: (one.bytes, one.turn))[:APPENDS_MAX]
                 ranges = [(*one.key, one.position) for one in ranked]
-                bytes_max = min(FETCH_BYTES_MAX, FETCH_BYTES, max(1, self._prefetch_bytes - self._buffered_bytes))
+                bytes_max = min(FETCH_BYTES, self._prefetch_bytes - self._buffered_bytes)
                 wait = FETCH_WAIT_S if len(ranked) == len(wanted) else FETCH_TURN_WAIT_S
                 parts = await self._engine.fetch(ranges, bytes_max, wait, self._number)
                 found = [(self.readings.get(TopicPartition(part.topic_id, part.partition)), part) for part in parts]

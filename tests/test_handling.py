@@ -1620,7 +1620,7 @@ async def test_dead_letters_that_come_while_others_are_read_are_not_among_those_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Or whoever sends all back sent those back, too, that fail again meanwhile, as long as there are others."""
-    monkeypatch.setattr(dead_letters, "TRANSACTION_MESSAGES_MAX", 1)
+    monkeypatch.setattr(dead_letters, "TAKE_OUT_MESSAGES_MAX", 1)
     async with world() as (_, mq):
         await mq.create_topic("letters", partitions=2)
         for n in range(6):
@@ -1636,7 +1636,7 @@ async def test_dead_letters_that_come_while_others_are_read_are_not_among_those_
 
 @run
 async def test_two_operators_at_once_send_nothing_back_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dead_letters, "TRANSACTION_MESSAGES_MAX", 7)
+    monkeypatch.setattr(dead_letters, "TAKE_OUT_MESSAGES_MAX", 7)
     async with world() as (b, mq):
         letters = await dead_letters_of(mq, 100)
         for seed in range(10):
