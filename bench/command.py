@@ -60,7 +60,7 @@ def _parser() -> Parser:
     parser = Parser(
         "idemq bench",
         "Measure this machine, on a broker of its own in $TMPDIR. Compare ratios taken in one run. "
-        "All figures take about half an hour, with --quick about two minutes.",
+        "All figures take about 20 minutes, with --quick about two.",
     )
     abouts = {name: (measure.__doc__ or "").partition("\n")[0] for name, measure in FIGURES.items()}
     parser.epilog = f"figures:\n{listing(abouts)}"

@@ -280,6 +280,8 @@ def _take_file(path: str, given: dict[str, tuple[Any, str]]) -> None:
         raise ConfigError(f"The configuration file {path} is not TOML: {error}.") from None
     known = _names("")
     for key, value in table.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"[{key}] in {path} is a table: settings stand in none, as port = 7750.")
         if key not in known:
             raise ConfigError(f"{key} in {path} is no setting; the nearest is {_nearest(key, known)}.")
         one, is_file = known[key]

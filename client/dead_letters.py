@@ -284,7 +284,7 @@ class DeadLetters:
     async def requeue(self, places: Sequence[Place] | None = None) -> int:
         """Send messages (None: all that are left) back to where they came from, and take them out of here.
 
-        Returns how many. Raises InvalidRequest when one is not there (any more), NoDeadLetter when one is none;
+        Returns how many. Raises NoDeadLetter when one is not there (any more), or is none;
         ProducerFenced when somebody else began the same meanwhile. What was done until then is done.
         """
         return await self._take_out(places, True)
@@ -300,7 +300,8 @@ class DeadLetters:
             for place in places or ():
                 ends = info.partitions[place.partition] if 0 <= place.partition < len(info.partitions) else None
                 if ends is None or place in gone or not ends.earliest <= place.offset < ends.next:
-                    raise InvalidRequest(f"there is no dead letter {place} in {self._topic!r} (any more)")
+                    text = f"there is no dead letter {place} in {self._topic!r} (any more)"
+                    raise NoDeadLetter(text, remedy="See those that are left: idemq dlq ls.")
             earliest = [one.earliest for one in info.partitions]
             count = size = 0
             some: list[tuple[Message, Origin]] = []

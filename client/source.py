@@ -273,7 +273,8 @@ async def place(engine: Engine, topic: TopicInfo, index: int, start: Start, time
         return await engine.offset_at(topic.id, index, round(start.timestamp() * 1000), timeout)
     assert isinstance(start, int)
     if start > ends.next:
-        raise InvalidRequest(f"partition {index} of topic {topic.name!r} ends at {ends.next}, before {start}")
+        hint = ": give an offset that each partition has, or a time" if len(topic.partitions) > 1 else ""
+        raise InvalidRequest(f"partition {index} of topic {topic.name!r} ends at {ends.next}, before {start}{hint}")
     return start
 
 

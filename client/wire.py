@@ -189,7 +189,9 @@ REMEDIES: dict[Code, Meaning] = {
         False, "Nothing was stored and another member holds the partition: go on with the next batch."
     ),
     Code.OFFSET_CONFLICT: Meaning(False, "Nothing was stored, the group had already moved: go on with the next batch."),
-    Code.UNKNOWN_TOPIC: Meaning(False, "Create the topic first: idemq topic create NAME."),
+    Code.UNKNOWN_TOPIC: Meaning(
+        False, "Check the topic's name (idemq topic ls), or create it: idemq topic create NAME."
+    ),
     Code.TOPIC_EXISTS: Meaning(False, "Use exist_ok with the same settings, alter the topic, or choose another name."),
     Code.TOO_LARGE: Meaning(False, "Send less at once; the limit is named in the message."),
     Code.CHECKSUM_MISMATCH: Meaning(
@@ -199,7 +201,8 @@ REMEDIES: dict[Code, Meaning] = {
         False, "Stored bytes do not match their checksum: nothing was changed, run idemq verify."
     ),
     Code.OFFSET_TRUNCATED: Meaning(
-        False, "Retention removed these messages: seek to the earliest and account for what is missed."
+        False,
+        "These messages were removed, by retention or a purge: seek to the earliest and account for what is missed.",
     ),
     Code.STORE_FULL: Meaning(True, "Free space: purge or delete topics, shorten retention, or raise store_bytes_max."),
     Code.BUSY: Meaning(True, "The broker is overloaded: send more slowly, or again later."),
@@ -824,7 +827,7 @@ def _details(count_max: int, where: str) -> _Checker:
 
 def _tuple(declared: type[Any]) -> _Checker:
     hints = get_type_hints(declared, include_extras=True)
-    checks = [_compile(hints[field], f"{declared.__name__}.{field}") for field in declared._fields]
+    checks = [_compile(hints[field], field) for field in declared._fields]
     required = len(checks) - len(declared._field_defaults)
 
     def check(value: Any) -> Any:

@@ -233,6 +233,7 @@ def test_a_family_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None
         (["ping", "--jsn"], "'--jsn' is not expected here: did you mean --json?"),
         (["--jsn", "ping"], "'--jsn' is not expected here: did you mean --json?"),
         (["ping", "extra"], "'extra' is not expected here"),
+        (["verify", "x", "--", "--json"], "'--json' is not expected here (see"),
         (["pub"], "the following arguments are required: TOPIC"),
         (["sub", "t", "-n", "0"], "'0' is no whole number above 0"),
         (["sub", "t", "--from", "-1"], "'-1' is none of earliest, latest, an offset, a time"),
@@ -462,6 +463,12 @@ def test_77_auth(tmp_path: Path) -> None:
         assert broker.idemq("ping", IDEMQ_DATA_DIR=str(place), IDEMQ_TOKEN="wrong").returncode == errors.AUTH
 
 
+def test_78_a_token_file_that_cannot_be_read(broker: Broker, tmp_path: Path) -> None:
+    done = broker.idemq("ping", IDEMQ_TOKEN_FILE=str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (errors.CONFIGURATION, 1)
+    assert f"IDEMQ_TOKEN_FILE '{tmp_path}' cannot be read" in done.stderr
+
+
 def test_a_token_that_cannot_be_read_is_named_when_it_is_missed(tmp_path: Path) -> None:
     place = tmp_path / "idemq-data"
     (place / ADMIN_TOKEN_FILE).mkdir(parents=True)  # reading a directory fails, also for root
@@ -685,7 +692,7 @@ def test_what_destroys_asks_first(broker: Broker, topic: str, verb: str) -> None
     broker.lines("pub", topic, "x")
     done = broker.idemq("topic", verb, topic)
     assert done.returncode == errors.USAGE
-    assert f"topic {topic}: 1 messages" in done.stderr
+    assert f"topic {topic}: 1 message, " in done.stderr
     assert "--yes" in done.stderr
     code, shown = in_terminal(broker, "topic", verb, topic, typed=b"n\n")
     assert (code, messages()) == (errors.FAILURE, 1)
@@ -763,7 +770,7 @@ def test_dead_letters_are_listed_shown_requeued_and_dropped(broker: Broker, topi
 
     assert broker.json("dlq", "requeue", dead, "0:1") == {"requeued": 1}
     done = broker.idemq("dlq", "requeue", dead, "0:1")
-    assert done.returncode == errors.USAGE
+    assert done.returncode == errors.FAILURE
     assert "no dead letter 0:1" in done.stderr
     assert broker.idemq("dlq", "show", dead, "0:1").returncode == errors.FAILURE
     back = broker.json("sub", topic, "--from", "3", "-n", "1")
@@ -771,7 +778,7 @@ def test_dead_letters_are_listed_shown_requeued_and_dropped(broker: Broker, topi
 
     done = broker.idemq("dlq", "drop", dead, "0:0")
     assert done.returncode == errors.USAGE
-    assert "1 messages" in done.stderr
+    assert "This drops 1 message of" in done.stderr
     code, _ = in_terminal(broker, "dlq", "drop", dead, "0:0", typed=b"n\n")
     assert (code, len(broker.json("dlq", "ls", dead))) == (errors.FAILURE, 2)
     assert broker.json("dlq", "drop", dead, "0:0", "--yes") == {"dropped": 1}
@@ -793,7 +800,7 @@ def test_what_dlq_refuses(broker: Broker, topic: str) -> None:
         assert f"message 0:0 of '{topic}' is no dead letter: it does not say where it came from" in done.stderr
     done = broker.idemq("dlq", "ls", topic, "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
-    assert f"Not listed: 1 messages of {topic}" in done.stderr
+    assert f"Not listed: 1 message of {topic}" in done.stderr
     broker.lines("pub", topic, "nor this")
     assert f"Not listed: 2 messages of {topic}" in in_terminal(broker, "dlq", "ls", topic)[1]
     assert broker.idemq("dlq", "ls", "nix").returncode == errors.FAILURE
@@ -817,6 +824,39 @@ def test_partitions_never_get_fewer(broker: Broker, topic: str) -> None:
     assert done.returncode == errors.USAGE
     assert "a topic's partitions never get fewer: 3 now" in done.stderr
     assert broker.json("topic", "describe", topic)["retention"] is None
+
+
+def test_more_partitions_move_keys_which_is_said_where_there_are_messages(broker: Broker, topic: str) -> None:
+    assert broker.lines("topic", "alter", topic, "--partitions", "2")
+    broker.lines("pub", topic, "-k", "k", "1")
+    assert broker.lines("topic", "alter", topic, "--partitions", "2", "--retention", "7d")
+    done = broker.idemq("topic", "alter", topic, "--partitions", "3")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "Keys lead to other partitions from now on" in done.stderr
+
+
+def test_anonymous_producers_are_listed_when_asked_for(broker: Broker, topic: str) -> None:
+    broker.lines("pub", topic, "1")
+    broker.lines("pub", topic, "--producer", topic, input="1\n")
+    everyone = [one["name"] for one in broker.json("producer", "ls", "--all")]
+    hidden = sum(name.startswith("~") for name in everyone)
+    assert hidden
+    assert [one["name"] for one in broker.json("producer", "ls")] == [one for one in everyone if one[0] != "~"]
+    assert f"Not listed: {hidden:,} anonymous producer" in in_terminal(broker, "producer", "ls")[1]
+    assert "Not listed" not in in_terminal(broker, "producer", "ls", "--all")[1]
+
+
+def test_what_is_advised_fits_the_command(broker: Broker, topic: str) -> None:
+    for argv, says in (
+        (["topic", "rm", "nope", "--yes"], "Check the topic's name (idemq topic ls)"),
+        (["topic", "create", "no spaces"], "idemq: name may not be 'no spaces'"),
+    ):
+        assert says in broker.idemq(*argv).stderr
+    broker.lines("topic", "alter", topic, "--partitions", "2")
+    broker.lines("pub", topic, "-k", "d", "1")
+    empty = next(one["index"] for one in broker.json("topic", "describe", topic)["partitions"] if not one["next"])
+    said = broker.idemq("sub", topic, "--from", "1").stderr
+    assert f"partition {empty} of topic '{topic}' ends at 0, before 1: give an offset that each partition has" in said
 
 
 def test_alter_changes_what_is_named_and_nothing_else(broker: Broker, topic: str) -> None:
@@ -1229,7 +1269,7 @@ def test_what_moves_or_forgets_a_group_asks_first(broker: Broker, topic: str) ->
             ["seek", topic, topic, "--to", "latest"],
             f"sets group {topic} to latest in topic {topic}: messages are skipped",
         ),
-        (["rm", topic], f"forgets where group {topic} stands in {topic}, 1 messages before the end"),
+        (["rm", topic], f"forgets where group {topic} stands in {topic}, 1 message before the end"),
     ):
         done = broker.idemq("group", *argv)
         assert (done.returncode, done.stdout) == (errors.USAGE, "")

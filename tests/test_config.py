@@ -67,6 +67,12 @@ def test_an_unknown_variable_names_the_nearest(variable: str, nearest: str) -> N
     assert f"nearest is {nearest}" in text
 
 
+def test_a_table_is_no_setting(tmp_path: Path) -> None:
+    file = tmp_path / "idemq.toml"
+    file.write_text("[server]\nport = 1\n")
+    assert f"[server] in {file} is a table: settings stand in none" in refused(["--config", str(file)])
+
+
 def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "idemq.toml"
     file.write_text("conections_max = 3\n")

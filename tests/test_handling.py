@@ -1593,7 +1593,7 @@ async def test_a_dead_letter_goes_back_once_and_the_others_stay() -> None:
         assert list(map(number, back)) == [2, 4]
         assert [(one.key, one.headers) for one in back] == [(b"key-2", {}), (b"key-4", {})]
         for gone in (Place(0, 4), Place(0, 6), Place(1, 0), Place(-1, 0)):
-            with pytest.raises(idemq.InvalidRequest, match="no dead letter"):
+            with pytest.raises(dead_letters.NoDeadLetter, match="there is no dead letter"):
                 await letters.requeue([Place(0, 0), gone])
         assert await letters.drop([Place(0, 0)]) == 1
         assert await left(letters) == [1, 3, 5]
@@ -1680,7 +1680,7 @@ async def test_dead_letters_that_retention_removed_are_gone() -> None:
         assert await left(letters) == []
         await mq.send("dlq", b"9")
         assert await left(letters) == [9]
-        with pytest.raises(idemq.InvalidRequest, match="no dead letter"):
+        with pytest.raises(dead_letters.NoDeadLetter, match="there is no dead letter"):
             await letters.drop([Place(0, 0)])
 
 

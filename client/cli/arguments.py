@@ -72,7 +72,7 @@ class Delegated(NamedTuple):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`: did you mean NAME?`, or nothing when no name is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, [one for one in known if one != word], n=1, cutoff=0.5)
     return f": did you mean {found[0]}?" if found else ""
 
 

@@ -13,7 +13,7 @@ from ..records import Message
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, text
 from .errors import OK, USAGE, CommandError
-from .output import columns, emit, moment, number, plain, record, say, table, text_or_base64, wrapped
+from .output import columns, counted, emit, moment, number, plain, record, say, table, text_or_base64, wrapped
 
 _SHOWN = {"time": moment, "offset": number}
 _COLUMNS = ("place", "time", "topic", "partition", "offset", "group", "attempts", "error", "reason")
@@ -53,7 +53,7 @@ def _ls(args: Namespace) -> int:
 
     table(args, _COLUMNS, reach.run(args, rows), _SHOWN)
     if others:
-        say(f"Not listed: {others:,} messages of {args.topic}, which do not say where they came from: no dead letters.")
+        say(f"Not listed: {counted(others, 'message')} of {args.topic}, no word of where from: no dead letter.")
     return OK
 
 
@@ -97,8 +97,8 @@ def _requeue(args: Namespace) -> int:
 
 def _drop(args: Namespace) -> int:
     places = _places(args)
-    what = f"{len(places)} messages" if places is not None else "all messages"
-    confirm(args, f"This drops {what} of {args.topic}: they are handled no more.")
+    what = counted(len(places), "message") if places is not None else "all messages"
+    confirm(args, f"This drops {what} of {args.topic}, for good.")
     record(args, {"dropped": reach.run(args, lambda mq: DeadLetters(mq, args.topic).drop(places))})
     return OK
 

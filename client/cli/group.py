@@ -11,7 +11,7 @@ from ..errors import UnknownGroup
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, index, nearest, start, text
 from .errors import OK, CommandError
-from .output import done, emit, number, record, table, text_or_base64
+from .output import counted, done, emit, number, record, table, text_or_base64
 
 _SHOWN = {"next": number, "before": number}
 
@@ -117,8 +117,8 @@ def _rm(args: Namespace) -> int:
         )
     confirm(
         args,
-        f"This forgets where group {group.name} stands in {_few(_topics(group))}, {_lag(group):,} messages before the "
-        "end: whoever reads in its name begins anew, and messages are skipped or handled again.",
+        f"This forgets where group {group.name} stands in {_few(_topics(group))}, {counted(_lag(group), 'message')} "
+        "before the end: whoever reads in its name begins anew, and messages are skipped or handled again.",
     )
     reach.run(args, lambda mq: mq.delete_group(args.name))
     done(args, "deleted", args.name)

@@ -130,6 +130,11 @@ def size(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something, the plural made with an s."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as the largest unit that divides them, the way `--retention` takes them."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..engine import ProducerInfo
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, text
 from .errors import OK
-from .output import done, moment, number, record, table, text_or_base64
+from .output import counted, done, moment, number, record, say, table, text_or_base64
 
 _SHOWN = {"id": number, "epoch": number, "last_seq": number, "last_seen": moment}
 
@@ -18,7 +19,10 @@ _SHOWN = {"id": number, "epoch": number, "last_seq": number, "last_seen": moment
 def _ls(args: Namespace) -> int:
     columns = ("name", "id", "epoch", "last_seq", "last_holder", "last_seen")
     found = reach.run(args, Client.producers)
-    table(args, columns, [[_fields(one)[column] for column in columns] for one in found], _SHOWN)
+    named = found if args.all else [one for one in found if not one.name.startswith("~")]
+    table(args, columns, [[_fields(one)[column] for column in columns] for one in named], _SHOWN)
+    if len(named) < len(found) and sys.stdout.isatty() and not args.json:
+        say(f"Not listed: {counted(len(found) - len(named), 'anonymous producer')} (--all lists them, too).")
     return OK
 
 
@@ -47,6 +51,10 @@ def _rm(args: Namespace) -> int:
     return OK
 
 
+def _ls_arguments(parser: Parser) -> None:
+    parser.add_argument("--all", action="store_true", help="anonymous ones too, whose names begin with ~")
+
+
 def _name(parser: Parser) -> None:
     parser.add_argument("name", metavar="PRODUCER", type=text)
 
@@ -57,7 +65,7 @@ def _rm_arguments(parser: Parser) -> None:
 
 
 COMMANDS = (
-    Command("producer ls", "list producer names; those that begin with ~ are anonymous", lambda parser: None, _ls),
+    Command("producer ls", "list producer names", _ls_arguments, _ls),
     Command("producer describe", "show a producer: last number, token, who held it last", _name, _describe),
     Command("producer rm", "forget a producer and its numbers", _rm_arguments, _rm),
 )

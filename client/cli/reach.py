@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..client import DEFAULT_URL, Client, connect
-from ..connection import Address
-from ..errors import AuthError, ConnectionLost
+from ..connection import Address, find_token
+from ..errors import AuthError, ConnectionLost, InvalidRequest
 from ..wire import ADMIN_TOKEN_FILE, DATA_DIR
-from .errors import AUTH, UNREACHABLE, CommandError
+from .errors import AUTH, CONFIGURATION, UNREACHABLE, CommandError
 from .output import say
 
 URL_VARIABLE = "IDEMQ_URL"
@@ -66,8 +66,13 @@ def _token(args: Namespace, address: Address) -> tuple[str | None, str]:
     """
     if args.token:
         return args.token, ""
-    if address.token or os.environ.get("IDEMQ_TOKEN") or os.environ.get("IDEMQ_TOKEN_FILE"):
+    if address.token:
         return None, ""
+    if os.environ.get("IDEMQ_TOKEN") or os.environ.get("IDEMQ_TOKEN_FILE"):
+        try:
+            return find_token(), ""
+        except InvalidRequest as error:
+            raise CommandError(f"{error.text}.", CONFIGURATION) from error
     if address.host != "localhost":
         try:
             if not ip_address(address.host).is_loopback:

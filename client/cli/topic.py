@@ -11,7 +11,7 @@ from ..errors import TopicExists
 from . import reach
 from .arguments import Command, Parser, add_yes, byte_count, confirm, count, span, text
 from .errors import OK, USAGE, CommandError
-from .output import done, duration, emit, number, record, size, table
+from .output import counted, done, duration, emit, number, record, say, size, table
 
 _SHOWN = {"id": number, "bytes": size, "retention": duration, "retention_bytes": size}
 
@@ -81,9 +81,12 @@ def _alter(args: Namespace) -> int:
     if not given.keys() & {"partitions", "retention", "retention_bytes"}:
         raise CommandError("Say what to change: --partitions, --retention or --retention-bytes.", USAGE)
 
+    before: TopicInfo | None = None
+
     async def alter(mq: Client) -> TopicInfo:
+        nonlocal before
         # The client sets all of a topic's settings at once; what is not named here stays as it is.
-        known = await mq.describe_topic(args.name)
+        known = before = await mq.describe_topic(args.name)
         return await mq.alter_topic(
             args.name,
             given.get("partitions"),
@@ -91,14 +94,17 @@ def _alter(args: Namespace) -> int:
             retention_bytes=given.get("retention_bytes", known.retention_bytes),
         )
 
-    record(args, _summary(reach.run(args, alter)), _SHOWN)
+    topic = reach.run(args, alter)
+    record(args, _summary(topic), _SHOWN)
+    if before is not None and len(before.partitions) < len(topic.partitions) and _messages(before):
+        say("Keys lead to other partitions from now on: what is sent with a key may overtake what is stored with it.")
     return OK
 
 
 def _ask(args: Namespace, verb: str) -> None:
     if not args.yes:
         topic = reach.run(args, lambda mq: mq.describe_topic(args.name))
-        confirm(args, f"This {verb} topic {args.name}: {_messages(topic):,} messages, {size(_bytes(topic))}.")
+        confirm(args, f"This {verb} topic {args.name}: {counted(_messages(topic), 'message')}, {size(_bytes(topic))}.")
 
 
 def _purge(args: Namespace) -> int:
@@ -132,7 +138,7 @@ def _create_arguments(parser: Parser) -> None:
 def _alter_arguments(parser: Parser) -> None:
     _name(parser)
     for option, metavar, kind, about in (
-        ("--partitions", "N", count, "as many; they can only grow"),
+        ("--partitions", "N", count, "as many; they can only grow, and keys lead to other ones then"),
         ("--retention", "TIME", span, "drop what is older, such as 7d, or none"),
         ("--retention-bytes", "SIZE", byte_count, "drop the oldest beyond this size of a partition, or none"),
     ):
