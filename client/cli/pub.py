@@ -76,20 +76,33 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
                 "lines of this input are skipped by number. One producer name belongs to one input, over all topics."
             )
         with Progress("lines", total) as progress:
+
+            def tell(text: str) -> None:
+                progress.clear()
+                say(text)
+
             try:
-                async for chunk in _read_lines(sys.stdin.fileno()):
-                    numbers = range(lines, lines + len(chunk))
-                    records = [
-                        Record(line, key, seq=None if args.producer is None else seq)
-                        for line, seq in zip(chunk, numbers, strict=True)
-                    ]
-                    summary = await producer.send_many(args.topic, records)
-                    stored += summary.stored
-                    skipped += summary.duplicates
-                    lines += len(chunk)
-                    read_bytes += sum(map(len, chunk)) + len(chunk)
-                    if not typed:  # a progress line would be written into what is typed
-                        progress.update(lines, read_bytes)
+                async with reach.watched(mq, tell):
+                    async for chunk in _read_lines(sys.stdin.fileno()):
+                        numbers = range(lines, lines + len(chunk))
+                        records = [
+                            Record(line, key, seq=None if args.producer is None else seq)
+                            for line, seq in zip(chunk, numbers, strict=True)
+                        ]
+                        summary = await producer.send_many(args.topic, records)
+                        stored += summary.stored
+                        skipped += summary.duplicates
+                        lines += len(chunk)
+                        read_bytes += sum(map(len, chunk)) + len(chunk)
+                        if not typed:  # a progress line would be written into what is typed
+                            progress.update(lines, read_bytes)
+            except asyncio.CancelledError:
+                if args.producer is not None:
+                    tell(
+                        f"{producer.last_seq + 1:,} lines are stored: the same command with the same input goes on "
+                        "behind them."
+                    )
+                raise
             except IdemqError as error:
                 progress.clear()
                 if lines:

@@ -6,14 +6,15 @@ import asyncio
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
 from ..client import DEFAULT_URL, Client, connect
 from ..connection import Address, find_token
-from ..errors import AuthError, ConnectionLost, InvalidRequest
+from ..errors import AuthError, ConnectionLost, IdemqError, InvalidRequest, RetriableError
 from ..wire import ADMIN_TOKEN_FILE, DATA_DIR
 from .errors import AUTH, CONFIGURATION, UNREACHABLE, CommandError
 from .output import say
@@ -22,6 +23,8 @@ URL_VARIABLE = "IDEMQ_URL"
 TIMEOUT_S = 10.0
 PATIENCE_S = 1.0
 """After this time without a broker a person is told what is waited for."""
+WATCH_S = 2.0
+"""How often the broker is asked whether it is there, and how long it may take to say so."""
 
 T = TypeVar("T")
 
@@ -52,6 +55,35 @@ def run(args: Namespace, work: Callable[[Client], Awaitable[T]]) -> T:
             return await work(client)
 
     return asyncio.run(connected())
+
+
+@asynccontextmanager
+async def watched(mq: Client, tell: Callable[[str], None] = say) -> AsyncIterator[None]:
+    """Say when the broker is away and when it is back."""
+    task = asyncio.create_task(_watch(mq, tell))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def _watch(mq: Client, tell: Callable[[str], None]) -> None:
+    away = False
+    while True:
+        await asyncio.sleep(WATCH_S)
+        try:
+            await mq.ping(timeout=WATCH_S)
+        except RetriableError:
+            if not away:
+                tell("The broker does not answer: waiting for it.")
+            away = True
+        except IdemqError:
+            return  # what the command does fails of the same, and says so
+        else:
+            if away:
+                tell("The broker is back.")
+            away = False
 
 
 def _tell(shown: str, timeout: float) -> None:

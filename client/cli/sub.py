@@ -13,13 +13,12 @@ import os
 import select
 import sys
 from argparse import Namespace
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 from ..client import Client
 from ..consumer import Subscription
-from ..errors import IdemqError, LeaseLost, OutcomeUnknown, RetriableError
+from ..errors import LeaseLost, OutcomeUnknown, RetriableError
 from ..records import Message
 from ..source import Batch
 from . import reach
@@ -28,8 +27,6 @@ from .errors import OK, UNREACHABLE, CommandError
 from .output import say, text_or_base64
 
 BATCH_MESSAGES_MAX = 1000
-WATCH_S = 2.0
-"""How often the broker is asked whether it is there, and how long it may take to say so."""
 LOOK_S = 1.0
 """With --exit-at-end: how often one looks what is left while nothing comes."""
 WRITE_BYTES = select.PIPE_BUF
@@ -50,7 +47,7 @@ async def _copy(args: Namespace, mq: Client) -> None:
     limit: float = args.timeout or reach.TIMEOUT_S
     line = _json if args.json else _plain
     left: int | None = args.count
-    async with _watched(mq), mq.subscribe(args.topic, group=args.group, start=args.start) as sub:
+    async with reach.watched(mq), mq.subscribe(args.topic, group=args.group, start=args.start) as sub:
         came_at = loop.time()
         while left is None or left:
             if args.exit_at_end:
@@ -124,35 +121,6 @@ async def _commit(sub: Subscription, batch: Batch, patient: bool) -> None:
         except (RetriableError, OutcomeUnknown):  # repeating it does no harm
             if not patient:
                 raise
-
-
-@asynccontextmanager
-async def _watched(mq: Client) -> AsyncIterator[None]:
-    """Say when the broker is away and when it is back."""
-    task = asyncio.create_task(_watch(mq))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
-async def _watch(mq: Client) -> None:
-    away = False
-    while True:
-        await asyncio.sleep(WATCH_S)
-        try:
-            await mq.ping(timeout=WATCH_S)
-        except RetriableError:
-            if not away:
-                say("The broker does not answer: waiting for it.")
-            away = True
-        except IdemqError:
-            return  # what reads fails of the same, and says so
-        else:
-            if away:
-                say("The broker is back.")
-            away = False
 
 
 def _plain(message: Message) -> bytes:
