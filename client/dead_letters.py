@@ -17,6 +17,7 @@ import asyncio
 import traceback
 import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
@@ -24,7 +25,7 @@ import msgpack
 from .errors import ConnectionLost, FatalError, InvalidRequest, ProtocolMismatch, UnknownProducer
 from .records import Delivery, Message, Record, StoredBatch
 from .retry import DELAY_S_MAX
-from .wire import COMMIT_BYTES_MAX, NUMBER_MAX, PARTITIONS_MAX, TOKEN_BYTES_MAX
+from .wire import COMMIT_BYTES_MAX, NAME_BYTES_MAX, NUMBER_MAX, PARTITIONS_MAX, TOKEN_BYTES_MAX
 
 if TYPE_CHECKING:
     from .client import Client
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 DEAD_LETTER = "idemq-dlq-"
 PARKED = "idemq-retry-"
 """How the names of our headers begin."""
+_PRODUCER = "idemq-dlq:"
+"""How the producer's name begins that notes what has left a topic; behind it the topic's, or a hash of a long one."""
 _ESCAPE = "was-"
 """Behind our beginning: a header that the original had under such a name itself."""
 REASON_BYTES_MAX = 1 << 10
@@ -123,7 +126,7 @@ def unpark(copy: Message, lease: int, stored_attempts: int) -> Parked | None:
     except (KeyError, ValueError, OverflowError):
         return None
     places = 0 <= partition < PARTITIONS_MAX and 0 <= offset <= NUMBER_MAX
-    if not places or not 0 <= delay_s <= DELAY_S_MAX:  # anybody may write into the topic
+    if not places or not 0 <= delay_s <= DELAY_S_MAX or not 0 <= attempts <= NUMBER_MAX:  # anybody may write there
         return None
     incarnation, rest = uid[:16], uid[16:]
     producer_id, seq = (int.from_bytes(rest[:8]), int.from_bytes(rest[8:])) if len(rest) == 16 else (0, 0)
@@ -266,7 +269,9 @@ class DeadLetters:
     def __init__(self, client: Client, topic: str) -> None:
         self._client = client
         self._topic = topic
-        self._producer = f"idemq-dlq:{topic}"
+        self._producer = _PRODUCER + topic
+        if len(self._producer) > NAME_BYTES_MAX:
+            self._producer = _PRODUCER + sha256(topic.encode()).hexdigest()
 
     async def left(self, places: Sequence[Place] | None = None) -> AsyncIterator[Message]:
         """The messages (of these places, if given) that were neither requeued nor dropped, in order for each partition.
@@ -307,11 +312,12 @@ class DeadLetters:
             some: list[tuple[Message, Origin]] = []
             async for message in self._read(gone, places):
                 back = origin(message)
-                if size + len(message.value) > TAKE_OUT_BYTES_MAX or len(some) == TAKE_OUT_MESSAGES_MAX:
+                more = len(message.value) + len(message.key or b"") + sum(map(len, message.headers.values()))
+                if some and (size + more > TAKE_OUT_BYTES_MAX or len(some) == TAKE_OUT_MESSAGES_MAX):
                     await _store(producer, gone, earliest, some, send)
                     count, size, some = count + len(some), 0, []
                 some.append((message, back))
-                size += len(message.value) + len(message.key or b"") + sum(map(len, message.headers.values()))
+                size += more
             if some:
                 await _store(producer, gone, earliest, some, send)
             return count + len(some)
@@ -325,7 +331,7 @@ class DeadLetters:
                 first, end = max(position, gone.below(index)), ends[topic, index]
                 if wanted is not None:
                     mine = [place.offset for place in wanted if place.partition == index]
-                    first, end = min(mine, default=end), max(mine, default=end - 1) + 1
+                    first, end = min(mine, default=end), min(max(mine, default=end - 1) + 1, end)
                 ends[topic, index] = end
                 if first < end:
                     await sub.seek(topic, index, first)

@@ -173,9 +173,9 @@ def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:
     Safe also when the outcome is not known: a second run finds the position moved, if the first was stored.
     """
     for leased in [move.leased for move in moved]:
-        if isinstance(error, OffsetConflict) and error.expected is not None and _names(error, leased.reading.key):
+        if isinstance(error, OffsetConflict) and error.expected is not None and _names(error, leased):
             leased.moved(error.expected)  # an earlier run was stored after all
-        if leased.state == "held":
+        if leased.state in ("held", "releasing"):
             leased.group.take_back(leased)
 
 
@@ -289,7 +289,7 @@ class GroupConsumer:
                 leased.state = "releasing"
                 self._reader.pause(leased.reading, True)
             if revoked:
-                self._spawn(self._give_up, revoked)
+                self._spawn(self._give_up, [leased.reading.key for leased in revoked])
             if granted:
                 self._spawn(self._take_up, granted)
 
@@ -303,9 +303,9 @@ class GroupConsumer:
         await self._call(self._on_assigned, granted, True)
         self._reader.add([leased.reading for leased in granted if leased.state == "held"])
 
-    async def _give_up(self, revoked: list[Leased]) -> None:
+    async def _give_up(self, keys: list[TopicPartition]) -> None:
         """What is revoked is finished, then given back, as many at once as are; or it is taken, if that takes long."""
-        while revoked := [leased for leased in revoked if leased.state == "releasing"]:
+        while revoked := [self.held[key] for key in keys if key in self.held and self.held[key].state == "releasing"]:
             finished = [leased for leased in revoked if not self._in_hand(leased)]
             if not finished:
                 self._progress.clear()
@@ -379,7 +379,7 @@ class GroupConsumer:
                 await self._engine.commit_offsets(entries, self._timeout if timeout is None else timeout)
             except LeaseLost as error:
                 refused = refused or error
-                still = {one: end for one, end in wanted.items() if not _names(error, one.reading.key)}
+                still = {one: end for one, end in wanted.items() if not _names(error, one)}
                 if len(still) == len(wanted):
                     raise
             else:
@@ -401,7 +401,7 @@ class GroupConsumer:
             self.endings.add(task)
             task.add_done_callback(self.endings.discard)
         again = leased.again()
-        leased.state = "stale"
+        again.state, leased.state = leased.state, "stale"
         self._replace(again)
 
     def _replace(self, leased: Leased) -> None:
@@ -455,24 +455,38 @@ class GroupConsumer:
         if held is None or held.lease != leased.lease:
             raise _lost(leased)
         self._member.sought(key, sought.lease)
+        again = held.again(wire.Lease(*key, sought.lease, sought.next, 0, 0, None))
+        again.reading.paused &= held.state != "releasing"  # it is held anew, until it is to be given back again
         held.state = "gone"  # messages and transactions of the old lease move nothing any more
-        self._replace(held.again(wire.Lease(*key, sought.lease, sought.next, 0, 0, None)))
+        self._replace(again)
 
 
 def _lost(leased: Leased) -> LeaseLost:
     key = leased.reading.key
-    where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+    where: dict[str, int | str | None] = {
+        "group": leased.group.group,
+        "topic_id": key.topic_id,
+        "partition": key.partition,
+    }
     return LeaseLost(f"partition {key.partition} of {leased.reading.topic.name!r} was lost", details=where)
 
 
 def _conflict(move: Move, why: str) -> OffsetConflict:
     leased, key = move.leased, move.leased.reading.key
-    where: dict[str, int | str | None] = {"topic_id": key.topic_id, "partition": key.partition}
+    where: dict[str, int | str | None] = {
+        "group": leased.group.group,
+        "topic_id": key.topic_id,
+        "partition": key.partition,
+    }
     text = f"message {move.first} of partition {key.partition} of {leased.reading.topic.name!r} {why}"
     # Not where it is once what is under way is stored: that may fail.
     return OffsetConflict(text, details={**where, "next": leased.committed})
 
 
-def _names(error: IdemqError, key: TopicPartition) -> bool:
-    """Is this error about this partition?"""
-    return (error.details.get("topic_id"), error.details.get("partition")) == key
+def _names(error: IdemqError, leased: Leased) -> bool:
+    """Is this error about this group's position in this partition?"""
+    details = error.details
+    return (details.get("group"), details.get("topic_id"), details.get("partition")) == (
+        leased.group.group,
+        *leased.reading.key,
+    )

@@ -203,6 +203,7 @@ class Handling:
                 group.promise(self._in_hand_max)
             group.busy = self._busy
             await source.open()
+            self._hand_out_again()  # what was handed out before this call and not committed would be passed
             if self._async:
                 self._watch()
             with stopped_by_signals(partial(self._loop.call_soon_threadsafe, self.stop)):
@@ -293,8 +294,11 @@ class Handling:
             self._hold_no_more(key)
         self._threads.end()
         if not self._source.closed:
-            rewind([move for move in group.delivered() if move.first < move.end])
+            self._hand_out_again()
         group.returned()
+
+    def _hand_out_again(self) -> None:
+        rewind([move for move in self._group.delivered() if move.first < move.end])
 
     def _watch(self, expected: float = inf) -> None:
         late = self._loop.time() - expected

@@ -227,3 +227,6 @@ class _Process(Handling):
         except REFUSED:
             kept(whole.moved)
             raise
+        except BaseException as failed:
+            rewind(whole.moved, failed)  # a handler may have moved positions of other subscriptions, too
+            raise

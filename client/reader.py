@@ -100,6 +100,9 @@ class Reader:
             one = self.readings.pop(key, None)
             if one is not None:
                 self._drop(one)
+        if self._error is not None:  # it may have been theirs; if not, it comes again
+            self._error = None
+            self._fetch_again()
 
     def replace(self, one: Reading) -> None:
         """Read a partition by this, and no more by what read it before."""

@@ -761,6 +761,11 @@ class Session:
             producer.highest, producer.given, producer.sticky = highest, given, sticky
             raise
         if duplicates and not commit.order:
+            if offsets or token is not None:
+                raise InvalidRequest(
+                    "all messages of this transaction were sent before, so it takes no number, and stores neither a "
+                    "token nor positions: move the position alone, by commit() of the subscription"
+                )
             last = max([one.seq for one in duplicates if one.seq is not None])
             for queued in producer.queue:
                 if last <= queued.last_seq:  # in line, not stored yet (C8)

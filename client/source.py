@@ -110,10 +110,13 @@ class Source:
         self._refreshing: asyncio.Task[None] | None = None
         self._producer: EngineProducer | None = None
 
-    async def open(self) -> None:
-        """Find the topics and where to start, or join the group. Raises UnknownTopic."""
+    def _check_open(self) -> None:
         if self.closed:
             raise ClientClosed("the subscription was closed")
+
+    async def open(self) -> None:
+        """Find the topics and where to start, or join the group. Raises UnknownTopic."""
+        self._check_open()
         if self.opened:
             return
         async with self._opening:  # two may open at once: one does
@@ -137,12 +140,16 @@ class Source:
                 except BaseException:
                     self.opened = False
                     raise
+                if self.closed:  # while it joined
+                    await self.group.leave()
+                self._check_open()
             else:
                 opened: list[Reading] = []  # all of them or none: a failed open can be tried again
                 for topic in found.values():
                     for index in range(len(topic.partitions)):
                         position = await place(self.engine, topic, index, self._start, self.timeout)
                         opened.append(Reading(topic, index, position, topic.partitions[index].next))
+                self._check_open()
                 self.reader.add(opened)
                 self._refreshing = asyncio.get_running_loop().create_task(self._find_new_partitions())
             self.opened = True
@@ -195,6 +202,7 @@ class Source:
     @property
     def producer(self) -> EngineProducer:
         """Its own, anonymous, for what is stored with its positions; another one when the broker has forgotten it."""
+        self._check_open()
         if self._producer is None or self._producer.ended:
             if self._producer is not None:
                 self._producer.end()

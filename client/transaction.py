@@ -35,9 +35,10 @@ class Buffer:
 
     def add(self, topic: str, record: Record) -> None:
         """One message more. Raises InvalidRequest, MessageTooLarge, TransactionTooLarge."""
-        self.bytes += check_record(record.value, record.key, record.headers) + RECORD_BYTES
-        if self.bytes > TRANSACTION_BYTES_MAX:
+        size = self.bytes + check_record(record.value, record.key, record.headers) + RECORD_BYTES
+        if size > TRANSACTION_BYTES_MAX:
             raise TransactionTooLarge(f"a transaction holds at most {TRANSACTION_BYTES_MAX} bytes")
+        self.bytes = size
         if record.headers is not None:  # a copy: the caller may fill the same mapping again for the next message
             record = record._replace(headers=dict(record.headers))
         self.sends.append((topic, record))
@@ -61,7 +62,8 @@ class Buffer:
                 earlier.first, earlier.end = min(earlier.first, move.first), max(earlier.end, move.end)
                 self._moves[index] = (earlier, noted if metadata is None else metadata)
                 return
-        self._moves.append((move, metadata))
+        # A copy: what it is merged with grows, and what was absorbed may be stored in another way yet.
+        self._moves.append((Move(move.leased, move.first, move.end), metadata))
 
     async def store(self, producer: EngineProducer, timeout: float) -> list[Receipt]:
         """Store it; returns the messages' receipts. What is not stored stays in hand (`rewind`, `kept`)."""

@@ -29,10 +29,11 @@ def _place(value: str) -> Place:
 
 def _facts(message: Message) -> dict[str, Any]:
     """What the dead letter says; `place` is its own, the others are those of the message that it was."""
-    said: dict[str, Any] = {"place": str(Place(message.partition, message.offset))}
-    for name, value in facts(DEAD_LETTER, message.headers).items():
-        said[name] = int(value) if name in _NUMBERS and value.isdecimal() else value
-    return said
+    said: dict[str, Any] = {}
+    for name, value in facts(DEAD_LETTER, message.headers).items():  # anybody may have written them
+        said[name] = int(value) if name in _NUMBERS and value.isdecimal() and len(value) < 20 else value
+    place = {"place": str(Place(message.partition, message.offset))}
+    return place | said | place
 
 
 def _ls(args: Namespace) -> int:

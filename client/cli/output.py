@@ -144,8 +144,11 @@ def duration(seconds: float) -> str:
 
 
 def moment(milliseconds: int) -> str:
-    """A time since 1970 in this machine's time zone."""
-    return datetime.fromtimestamp(milliseconds / 1000).astimezone().isoformat(" ", "seconds")
+    """A time since 1970 in this machine's time zone; the number, where that is no time."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000).astimezone().isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        return str(milliseconds)
 
 
 def number(value: int) -> str:
