@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import overload
 
 from .engine import Engine, EngineProducer, ProducerOptions, TopicInfo
-from .errors import ClientClosed, IdemqError, InvalidRequest, UnknownTopic
+from .errors import ClientClosed, IdemqError, InvalidRequest, RetriableError, UnknownTopic
 from .group import Callback, GroupConsumer, Leased
 from .producer import GIVE_UP_S
 from .reader import Piece, Reader, Reading
@@ -253,10 +253,14 @@ class Source:
         try:
             while True:
                 await asyncio.sleep(TOPIC_AGE_S_MAX)
+                try:
+                    topics = await self.engine.topics(self.names, self.timeout)
+                except RetriableError:
+                    continue  # reading outlives an outage, and so does looking
                 known = {key.topic_id for key in self.reader.readings}
                 added = [
                     Reading(topic, ends.index, ends.earliest, ends.next)
-                    for topic in await self.engine.topics(self.names, self.timeout)
+                    for topic in topics
                     for ends in topic.partitions
                     if topic.id in known and TopicPartition(topic.id, ends.index) not in self.reader.readings
                 ]

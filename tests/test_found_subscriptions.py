@@ -329,3 +329,22 @@ async def test_a_handler_that_ends_after_the_subscription_was_closed_leaves_no_p
         with pytest.raises(idemq.ClientClosed):
             await processing
         assert len(engine._session.producers) == before
+
+
+@run
+async def test_whoever_reads_without_a_group_outlives_an_outage_as_a_member_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fetches wait for the broker as long as it takes; looking for new partitions ends the subscription for good."""
+    monkeypatch.setattr("idemq.client.source.TOPIC_AGE_S_MAX", 0.01)
+    async with broker() as b, idemq.connect(b.url) as mq:
+        await mq.create_topic("t")
+        async with mq.subscribe("t") as sub, mq.subscribe("t", group="g") as member:
+            sub._source.timeout = 0.05  # of looking
+            await b.stop()
+            await asyncio.sleep(0.5)
+            await b.start()
+            async with idemq.connect(b.url) as other, other.producer() as producer:
+                await producer.send("t", b"1")
+            assert values(await take(member, 1)) == [1]
+            assert values(await take(sub, 1)) == [1]
