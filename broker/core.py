@@ -668,12 +668,12 @@ class Core:
 
     def _offsets_refused(self, request: wire.Commit) -> Failed | None:
         forward_only = not request.producer_id and not request.appends
-        seen: list[OffsetKey] = []
+        seen: set[OffsetKey] = set()
         for entry in request.offsets:
             key = OffsetKey(entry.group, entry.topic_id, entry.partition)
             if key in seen or entry.end < entry.start:
                 return Failed(Code.BAD_REQUEST, "a commit moves a position once, and forward")
-            seen.append(key)
+            seen.add(key)
             refusal = groups.refusal(self._offset(key), entry, forward_only)
             if refusal is not None:
                 return refusal

@@ -26,6 +26,7 @@ from .group import Leased, kept, moves, rewind
 from .handling import Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
 from .records import Message
 from .retry import Verdict
+from .session import TRANSACTION_BYTES_MAX
 from .source import Source
 from .transaction import Buffer, HandlerTransaction
 
@@ -126,11 +127,16 @@ class _Process(Handling):
         some = messages[: max(1, failed)]
         return await (self._on_the_loop(some) if self._async else self._in_a_thread(some))
 
+    def _enough(self, sent_bytes: int, following: Message) -> bool:
+        """Is what was handled to be stored before the following message is? Any thread may ask."""
+        return self._stopping or sent_bytes >= TRANSACTION_BYTES_MAX or leased_of(following).state != "held"
+
     async def _on_the_loop(self, messages: Sequence[Message]) -> tuple[list[Buffer], Exception | None]:
         done: list[Buffer] = []
         until = self._loop.time() + TRANSACTION_S
+        sent_bytes = 0
         for message in messages:
-            if done and (self._stopping or self._loop.time() >= until or leased_of(message).state != "held"):
+            if done and (self._enough(sent_bytes, message) or self._loop.time() >= until):
                 break
             # A message's own transaction: what it sends is stored with the others', if its handler succeeds.
             shown, tx = self._shown(message), HandlerTransaction()
@@ -144,6 +150,7 @@ class _Process(Handling):
             finally:
                 sent = tx.end()
             done.append(sent)
+            sent_bytes += sent.bytes
             await self._breathe()
         return done, None
 
@@ -156,9 +163,10 @@ class _Process(Handling):
 
         def work() -> Exception | None:
             nonlocal begun, tx
+            sent_bytes = 0
             for message in messages:
                 begun = time.monotonic()
-                if done and (self._stopping or begun >= until or leased_of(message).state != "held"):
+                if done and (self._enough(sent_bytes, message) or begun >= until):
                     break
                 shown = self._shown(message)
                 try:
@@ -169,6 +177,7 @@ class _Process(Handling):
                 except asyncio.CancelledError:
                     return cancelled_within()
                 done.append(tx.end())
+                sent_bytes += done[-1].bytes
                 tx = HandlerTransaction()
             return None
 

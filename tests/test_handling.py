@@ -20,6 +20,8 @@ import idemq.sync
 from idemq import Message, Record, RetryPolicy, Subscription, Transaction
 from idemq.client import dead_letters, handling, wire
 from idemq.client.dead_letters import DEAD_LETTER, DeadLetters, Place, facts
+from idemq.client.source import Source
+from idemq.client.transaction import Buffer
 from idemq.testing import Link
 
 from .support import Broker, broker, eventually, read, run
@@ -1720,3 +1722,28 @@ async def test_a_handler_that_cannot_take_what_it_is_given_is_refused_at_once() 
         with pytest.raises(idemq.InvalidRequest, match=r"called with \(message\)"):
             await sub.run(copy)
         assert await read(mq, "dlq") == []
+
+
+@pytest.mark.parametrize("kind", ["async def", "def"])
+@run
+async def test_what_handlers_send_is_stored_when_it_fills_a_transaction_and_not_kept(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("idemq.client.processing.TRANSACTION_BYTES_MAX", 3000)
+    moved: list[int] = []
+    store = Source.store
+
+    async def noting(self: Source, buffer: Buffer, timeout: float) -> None:
+        moved.append(len(buffer.sends))
+        await store(self, buffer, timeout)
+
+    def send(message: Message, tx: Transaction) -> None:
+        tx.send("out", bytes(1000))
+
+    async def handler(message: Message, tx: Transaction) -> None:
+        send(message, tx)
+
+    async with world(9) as (_, mq), mq.subscribe("in", group="g") as sub:
+        monkeypatch.setattr(Source, "store", noting)
+        await sub.process(handler if kind == "async def" else send, until_idle=IDLE_S)
+    assert moved == [3, 3, 3]
