@@ -6,12 +6,16 @@ import json
 
 import pytest
 
-from idemq.bench import main
+from idemq.bench import groups, main
 from idemq.bench.command import FIGURES
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_each_figure_is_measured(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_figure_is_measured(
+    figure: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "WINDOW_S", 0.2)
+    monkeypatch.setattr(groups, "MEMBER_TIMEOUT_S", 1.0)
     assert main([figure, "--quick", "--rounds", "1", "--size", "100", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["quick"] is True

@@ -72,6 +72,6 @@ def test_a_real_power_cut_loses_nothing(tmp_path: Path) -> None:
 
     if not powercut.possible():
         pytest.skip("no loop devices here; `python -m tests.crash.powercut` is its command")
-    summary = powercut.run(tmp_path, rounds=10, planted="")
+    summary = powercut.run(tmp_path, rounds=6, planted="")
     assert summary["commits"] > 100
     assert summary["wrong"] == []

@@ -22,10 +22,12 @@ class Mutant(NamedTuple):
 
     name: str
     places: tuple[tuple[Any, str, str, str], ...]
+    first: int = 0
+    """The search begins with this seed: the one that found it last, where that is a late one."""
 
 
-def _one(name: str, owner: Any, function: str, old: str, new: str) -> Mutant:
-    return Mutant(name, ((owner, function, old, new),))
+def _one(name: str, owner: Any, function: str, old: str, new: str, first: int = 0) -> Mutant:
+    return Mutant(name, ((owner, function, old, new),), first)
 
 
 CORE, SESSION = core.Core, session.Session
@@ -101,7 +103,7 @@ MUTANTS = [
         "(*results, Result(last_seq, fingerprint, positions))[-remember:]",
         "()",
     ),
-    _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1'),
+    _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=60),
     _one(
         "takeover's end is one too high",
         producers,
@@ -320,7 +322,7 @@ MUTANTS = [
         "producer.highest = max([producer.last_seq, *[commit.last_seq for commit in producer.queue]])",
         "pass",
     ),
-    _one("fenced means not stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "False"),
+    _one("fenced means not stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "False", first=60),
     _one("fenced means stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "True"),
     _one("an ended producer knows", SESSION, "_end_producer", "if commit.ever_sent and unknown:", "if False:"),
     _one(

@@ -140,9 +140,6 @@ SMALL: dict[str, Bounds] = {
     "poison": poisoned(poison=((0, 2),)),
     "poison, workers are killed": poisoned("kills", "kills", poison=((1,),), workers=2),
     "poison, members expire": poisoned("expiries", "expiries", poison=((1,),), workers=2),
-    "poison, everything": poisoned(
-        "kills", "expiries", "takings", "broker_crashes", poison=((1,),), inputs=2, workers=2
-    ),
     "poison, attempts told late": poisoned(
         "kills", "expiries", "broker_crashes", "failures", "copies", poison=((1,),), inputs=2
     ),
@@ -201,6 +198,9 @@ LARGE: dict[str, Bounds] = {
     "an operator seeks, a group fails, cut": group("operator_seeks", "group_failures", "cuts", inputs=1, workers=1),
     "two operators' seeks": group("operator_seeks", "operator_seeks", "cuts", inputs=1, workers=1),
     "holder and operator seek, cut": group("seeks", "operator_seeks", "cuts", inputs=1, workers=1),
+    "poison, everything": poisoned(
+        "kills", "expiries", "takings", "broker_crashes", poison=((1,),), inputs=2, workers=2
+    ),
     "poison, everything, 3 inputs": poisoned(
         "kills", "expiries", "takings", "broker_crashes", poison=((1,),), workers=2
     ),
