@@ -523,7 +523,9 @@ class Core:
 
     def _lacking(self, topic_id: int, index: int, reading: bool = False) -> Failed | None:
         """The refusal of a request that names a partition which is not there."""
-        topic = self._topics.get(topic_id) if reading and self._is_being_deleted(topic_id) else self._topic(topic_id)
+        topic = self._topics.get(topic_id)
+        if topic is not None and topic.deleted and not (reading and self._is_being_deleted(topic_id)):
+            topic = None
         if topic is not None and index < len(topic.floors):
             return None
         return Failed(Code.UNKNOWN_TOPIC, f"there is no topic {topic_id} with a partition {index} (any more)")

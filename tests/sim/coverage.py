@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply, Space
@@ -29,33 +30,9 @@ class WatchedCore(Core):
 
     def step(self, now: Now, connection: Connection, correlation: int, request: Any, payload: bytes) -> Output | None:
         kind = type(request)
-        before: Any = None
-        waited = False
-        if kind is wire.Open:
-            before = self._producer_named(request.name)
-        elif kind is wire.Commit:
-            before = self._producer(request.producer_id) if request.producer_id else None
-            rows = [self._offset(OffsetKey(one.group, *one[1:3])) for one in request.offsets]
-            self._free = [row is not None and not row.holder for row in rows]
-            self._known = [
-                row is not None and one.end == row.next and 0 < one.turns <= row.turns
-                for row, one in zip(rows, request.offsets, strict=True)
-            ]
-        elif kind is wire.Seek:
-            before = self._offset(OffsetKey(request.group, request.topic_id, request.partition))
-        elif kind is wire.Heartbeat:
-            known = self._groups.get(request.group)
-            member = None if known is None else known.members.get(request.member)
-            waited = member is not None and member.waiting is not None
-        elif kind is wire.CreateTopic:
-            before = self._topic_ids.get(request.name)
-        elif kind is wire.DeleteTopic:
-            before = self._topic(request.topic_id)
-        elif kind is wire.DeleteProducer:
-            before = self._producer(request.producer_id)
+        before = _BEFORE[kind](self, request) if kind in _BEFORE else None
         output = super().step(now, connection, correlation, request, payload)
-        name = kind.__name__
-        if waited:
+        if kind is wire.Heartbeat and before:
             COUNTS["core: a waiting Heartbeat is answered by a newer one"] += 1
         if output is None:
             group = self._building
@@ -80,8 +57,25 @@ class WatchedCore(Core):
         else:
             assert isinstance(output, Reply)
             message = output.message
-        self._count(name, request, before, message)
+        self._count(kind.__name__, request, before, message)
         return output
+
+    def _commits(self, request: wire.Commit) -> Any:
+        """Its producer; and how the positions stand that it moves."""
+        if request.offsets:
+            rows = [self._offset(OffsetKey(one.group, *one[1:3])) for one in request.offsets]
+            self._free = [row is not None and not row.holder for row in rows]
+            self._known = [
+                row is not None and one.end == row.next and 0 < one.turns <= row.turns
+                for row, one in zip(rows, request.offsets, strict=True)
+            ]
+        return self._producer(request.producer_id) if request.producer_id else None
+
+    def _is_waiting(self, request: wire.Heartbeat) -> bool:
+        """Does an earlier report of this member wait?"""
+        known = self._groups.get(request.group)
+        member = None if known is None else known.members.get(request.member)
+        return member is not None and member.waiting is not None
 
     def _count(self, name: str, request: Any, before: Any, message: Any) -> None:
         if type(message) is Failed:
@@ -98,15 +92,16 @@ class WatchedCore(Core):
             else:
                 what = "stored" if request.producer_id else "stored without a producer"
                 COUNTS["core: Commit on several partitions"] += len(request.appends) > 1
-                COUNTS["core: Commit of appends and offsets"] += bool(request.appends and request.offsets)
-                COUNTS["core: Commit of offsets only"] += bool(request.offsets and not request.appends)
                 COUNTS["core: Commit with a token"] += request.token is not None
-                turns = [one.turns for one in request.offsets if one.turns]
-                COUNTS["core: Commit of an attempt that begins"] += any(turn % 2 for turn in turns)
-                COUNTS["core: Commit of an attempt that has ended"] += any(not turn % 2 for turn in turns)
-                COUNTS["core: Commit of an attempt that is known"] += any(self._known)
-                COUNTS["core: Commit moves several positions"] += len(request.offsets) > 1
-                COUNTS["core: Commit under a lease that was given back or expired"] += any(self._free)
+                if request.offsets:
+                    how = "of appends and offsets" if request.appends else "of offsets only"
+                    COUNTS[f"core: Commit {how}"] += 1
+                    turns = [one.turns for one in request.offsets if one.turns]
+                    COUNTS["core: Commit of an attempt that begins"] += any(turn % 2 for turn in turns)
+                    COUNTS["core: Commit of an attempt that has ended"] += any(not turn % 2 for turn in turns)
+                    COUNTS["core: Commit of an attempt that is known"] += any(self._known)
+                    COUNTS["core: Commit moves several positions"] += len(request.offsets) > 1
+                    COUNTS["core: Commit under a lease that was given back or expired"] += any(self._free)
             COUNTS[f"core: Commit {what}"] += 1
         elif type(message) is wire.Opened:
             what = "creates" if before is None else "is repeated" if before.epoch == message.epoch else "takes over"
@@ -191,7 +186,7 @@ class WatchedCore(Core):
         if self._building.writes:
             COUNTS["core: decided while a group is in flight"] += 1
         outputs = super().committed(space)
-        COUNTS["core: a waiting Fetch is woken"] += sum(type(output) is Read for output in outputs)
+        COUNTS["core: a waiting Fetch is woken"] += sum([type(output) is Read for output in outputs])
         return outputs
 
     def tick(self, now: Now) -> tuple[int, list[Output]]:
@@ -204,6 +199,18 @@ class WatchedCore(Core):
         return due, outputs
 
 
+_BEFORE: dict[type[Any], Callable[[WatchedCore, Any], Any]] = {
+    wire.Commit: WatchedCore._commits,
+    wire.Open: lambda core, request: core._producer_named(request.name),
+    wire.Seek: lambda core, request: core._offset(OffsetKey(request.group, request.topic_id, request.partition)),
+    wire.Heartbeat: WatchedCore._is_waiting,
+    wire.CreateTopic: lambda core, request: core._topic_ids.get(request.name),
+    wire.DeleteTopic: lambda core, request: core._topic(request.topic_id),
+    wire.DeleteProducer: lambda core, request: core._producer(request.producer_id),
+}
+"""How to see what a request is about before it is decided, where the answer alone does not tell what happened."""
+
+
 class WatchedSession(Session):
     """A session that is looked at."""
 
@@ -214,15 +221,17 @@ class WatchedSession(Session):
         super().disconnected(now, reason)
 
     def received(self, now: float, correlation: int, message: Any, payload: bytes = b"") -> None:
-        COUNTS["session: an answer nobody waits for"] += correlation not in self._outstanding
+        if correlation not in self._outstanding:
+            COUNTS["session: an answer nobody waits for"] += 1
         super().received(now, correlation, message, payload)
 
     def tick(self, now: float) -> None:
-        cut, pings = self._cut, len(self._frames)
+        cut, frames = self._cut, len(self._frames)
         super().tick(now)
-        COUNTS["session: an answer is overdue"] += self._cut and not cut
-        COUNTS["session: a ping on an idle connection"] += any(
-            type(frame.request) is wire.Ping for frame in self._frames[pings:]
+        if self._cut and not cut:
+            COUNTS["session: an answer is overdue"] += 1
+        COUNTS["session: a ping on an idle connection"] += sum(
+            [type(frame.request) is wire.Ping for frame in self._frames[frames:]]
         )
 
     def _welcomed(self, now: float, message: Any) -> None:
@@ -232,7 +241,8 @@ class WatchedSession(Session):
     def _answered(self, now: float, call: Any, answer: Any, payload: bytes) -> None:
         failures = call.failures
         super()._answered(now, call, answer, payload)
-        COUNTS["session: a call is tried again"] += call.failures > failures
+        if call.failures > failures:
+            COUNTS["session: a call is tried again"] += 1
 
     def _timed_out(self, call: Any) -> Any:
         error = super()._timed_out(call)
@@ -246,9 +256,11 @@ class WatchedSession(Session):
     def _committed(self, now: float, producer: Any, commit: Any, answer: Any) -> None:
         if type(answer) is Failed and answer.code == Code.STALE_CONNECTION:
             COUNTS["session: told that its connection is stale"] += 1
-        COUNTS["session: answered after its end"] += producer.error is not None
+        if producer.error is not None:
+            COUNTS["session: answered after its end"] += 1
         super()._committed(now, producer, commit, answer)
-        COUNTS["session: waits for the answers behind a refusal"] += producer.refused
+        if producer.refused:
+            COUNTS["session: waits for the answers behind a refusal"] += 1
 
     def _act_on_refusal(self, now: float, producer: Any) -> None:
         sent = [commit for commit in producer.queue if commit.sent]

@@ -148,6 +148,7 @@ class Life:
 
     __slots__ = (
         "applied",
+        "batches",
         "counter",
         "ends",
         "floors",
@@ -171,6 +172,8 @@ class Life:
         self.incarnation = incarnation
         self.logs: dict[LogKey, list[int]] = {}
         """What lies at which offset: every ask ever stored, also those trimmed since."""
+        self.batches: dict[tuple[LogKey, int], tuple[bytes, int]] = {}
+        """(log, offset) -> the batch that was stored there, and where it ends."""
         self.place: dict[int, tuple[LogKey, int]] = {}
         self.numbers: dict[tuple[int, int], int] = {}
         """(producer id, seq) -> ask."""
@@ -278,7 +281,10 @@ class Oracle:
             if header[2]:
                 body = zlib.decompress(body)
             values, _, _, deltas = msgpack.unpackb(body)
-            producer_id, first = header[6], header[7]
+            count, producer_id, first = header[3], header[6], header[7]
+            if header[4:6] != key or count != len(values):
+                raise Violation(f"{key}: a batch of {len(values)} records for {header[4:6]} says that it has {count}")
+            life.batches[key, stored.offset] = (stored.batch, stored.offset + count)
             for index, value in enumerate(values):
                 seq = first + (index if deltas is None else deltas[index])
                 ask = self.asks[int(value)]
@@ -309,28 +315,26 @@ class Oracle:
         self.durable_at = (self.durable_at[1], now)
 
     def _append(self, life: Life, key: LogKey, offset: int, ask: Ask, producer_id: int, seq: int) -> None:
-        number = ask.number
-        what = f"record {number} (producer {producer_id}, seq {seq})"
+        number, producer = ask.number, ask.producer
         if isinstance(ask.answer, Violation):
             raise ask.answer
-        producer = ask.producer
         if isinstance(ask.answer, IdemqError) and not isinstance(ask.answer, OutcomeUnknown):
-            raise Violation(f"{what}: its sender was told {ask.answer!r}, and it is stored")
+            raise Violation(f"record {number}: its sender was told {ask.answer!r}, and it is stored")
         if ask.session.incarnation != life.incarnation:
-            raise Violation(f"{what} was meant for another store")
+            raise Violation(f"record {number} was meant for another store")
         if life.names.get(key[0]) != ask.topic or (ask.partition is not None and ask.partition != key[1]):
-            raise Violation(f"{what} lies in {key}, it was sent to {ask.topic} {ask.partition}")
+            raise Violation(f"record {number} lies in {key}, it was sent to {ask.topic} {ask.partition}")
         if producer_id:
             if producer.id != producer_id or ask.seq != seq:
-                raise Violation(f"{what} was given as seq {ask.seq} of producer {producer.id}")
+                raise Violation(f"record {number} of {producer_id}, {seq} was given as {producer.id}, {ask.seq}")
             if (producer_id, seq) in life.numbers:
-                raise Violation(f"{what} is stored twice: {life.numbers[producer_id, seq]} was there")
+                raise Violation(f"record {number}: {life.numbers[producer_id, seq]} has its seq {seq} of {producer_id}")
             life.numbers[producer_id, seq] = number
             if life.order.get((producer_id, key), -1) >= seq:
-                raise Violation(f"{what} lies behind seq {life.order[producer_id, key]}")
+                raise Violation(f"record {number}, seq {seq}, lies behind seq {life.order[producer_id, key]}")
             life.order[producer_id, key] = seq
         elif producer.dedup:
-            raise Violation(f"{what} was stored without its producer")
+            raise Violation(f"record {number} was stored without its producer")
         life.place[number] = (key, offset)
 
     def _row(self, life: Life, row: ProducerRow) -> None:
@@ -686,17 +690,14 @@ class Oracle:
 
     def read(self, life: Life, key: LogKey, asked: int, batches: list[tuple[int, bytes]]) -> int:
         """A reader got these batches; returns where it goes on."""
-        log = life.logs.get(key, [])
         at = asked
         for offset, batch in batches:
-            _, _, codec, count, topic_id, partition = wire.BATCH_HEADER.unpack_from(batch)[:6]
-            if (topic_id, partition) != key or offset > at or offset + count <= at:
-                raise Violation(f"a reader of {key} at {at} got a batch at {offset} of {(topic_id, partition)}")
-            body: Any = memoryview(batch)[HEADER_BYTES:]
-            values = msgpack.unpackb(zlib.decompress(body) if codec else body)[0]
-            if [int(value) for value in values] != log[offset : offset + count]:
+            stored, end = life.batches.get((key, offset), (b"", 0))
+            if not offset <= at < end:
+                raise Violation(f"a reader of {key} at {at} got a batch at {offset}, where one ends at {end}")
+            if batch != stored:
                 raise Violation(f"a reader of {key} got at {offset} what is not stored there")
-            at = offset + count
+            at = end
         return at
 
     def truncated(self, life: Life, key: LogKey, earliest: int) -> None:

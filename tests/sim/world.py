@@ -274,20 +274,17 @@ class World:
 
     def pump(self, process: Process) -> None:
         """Do what the session says: the shell of a client."""
-        session = process.session
+        session, now = process.session, self.now
         while True:
-            cut, dial, frames, completions = session.take(self.now)
-            if not (cut or dial or frames or completions):
-                break
-            link = process.link
-            if frames and link is not None and not cut:
-                self._send_up(link, frames)
+            cut, dial, frames, completions = session.take(now)
+            if frames and process.link is not None and not cut:
+                self._send_up(process.link, frames)
             if cut:
-                process.link = None
+                link, process.link = process.link, None
                 if link is not None:
                     self.note(f"client {process.number} cuts")
                     self._abandon(link)
-                session.disconnected(self.now, "given up")
+                session.disconnected(now, "given up")
             if dial:
                 self.after(self.latency_s * (1 + self.random()), self._dialled, process, None)
             for waiter, value in completions:
@@ -296,7 +293,7 @@ class World:
                 break
         if session.wake_at < process.timer_at:
             process.timer_at = session.wake_at
-            self.at(max(session.wake_at, self.now), self._timer, process, session.wake_at)
+            self.at(max(session.wake_at, now), self._timer, process, session.wake_at)
 
     def _timer(self, process: Process, at: float) -> None:
         if process.timer_at == at and self.alive(process):
@@ -379,7 +376,7 @@ class World:
                     self.oracle.heard(request.member, self.now)
         link.up_done = number + len(frames)
         if outputs:
-            self._output(outputs)
+            self._send_down(peer, outputs)
         if waits and not self.beginning and self.group is None:
             if core._building.writes:
                 self.beginning = True
@@ -391,33 +388,35 @@ class World:
         """These leave the broker: those of one connection together."""
         sent: dict[Connection, list[Any]] = {}
         for output in outputs:
-            if not output.connection.closed:
-                sent.setdefault(output.connection, []).append(output)
-        for connection, replies in sent.items():
-            link = self.links.get(connection)
-            if link is None:
-                continue
-            messages: list[Any] = []
-            close = False
-            for output in replies:
-                if type(output) is Reply:
-                    messages.append((output.correlation, output.message, b""))
-                    if output.correlation in link.asked and link.process is not None:
-                        self._judge(link.asked.pop(output.correlation), output.message)
-                    if output.close:
-                        close = True
-                        break
-                else:
-                    messages.append((output.correlation, *self._read(output)))
-            if link.process is not None:
-                at = self.now + self.latency_s * (0.5 + self.random())
-                if at < link.down_at:
-                    at = link.down_at
-                link.down_at = at
-                self.at(at, self._arrived_down, link, (link.down_count, messages))
-                link.down_count += len(messages)
-            if close:
-                self._close(link)
+            sent.setdefault(output.connection, []).append(output)
+        for connection, of_one in sent.items():
+            self._send_down(connection, of_one)
+
+    def _send_down(self, connection: Connection, outputs: list[Any]) -> None:
+        link = self.links.get(connection)
+        if link is None or connection.closed:
+            return
+        messages: list[Any] = []
+        close = False
+        for output in outputs:
+            if type(output) is Reply:
+                _, correlation, message, close = output
+                messages.append((correlation, message, b""))
+                if correlation in link.asked and link.process is not None:
+                    self._judge(link.asked.pop(correlation), message)
+                if close:
+                    break
+            else:
+                messages.append((output.correlation, *self._read(output)))
+        if link.process is not None:
+            at = self.now + self.latency_s * (0.5 + self.random())
+            if at < link.down_at:
+                at = link.down_at
+            link.down_at = at
+            self.at(at, self._arrived_down, link, (link.down_count, messages))
+            link.down_count += len(messages)
+        if close:
+            self._close(link)
 
     def _is_refused(self, peer: Connection, correlation: int) -> bool:
         """Is that the answer which waits for the disk?"""
