@@ -391,20 +391,23 @@ class Loader(Sending):
             return
         if self.outstanding > OUTSTANDING_MAX:
             return
-        left = self.left()
+        if healed:
+            if self.left():
+                self.send_many(self.left())
+            return
         chance = rng.random()
-        if chance < 0.15 and left >= 4:
+        if chance < 0.15:
             self.transact(rng.randint(1, 4), rng.random() < 0.5)
         elif chance < 0.22 and self.at:
             self.send(self.source.positions[max(0, self.at - rng.randint(1, 8))])
-        elif chance < 0.35 and left >= 8:
+        elif chance < 0.35:
             self.send_many(rng.randint(1, 8))
         elif chance < 0.4:
             self.flush()
-        elif chance < 0.42 and not healed:
+        elif chance < 0.42:
             self.close()
         else:
-            for _ in range(min(left, rng.randint(1, 5))):
+            for _ in range(rng.randint(1, 5)):
                 self.send(self.seq())
 
 
@@ -452,6 +455,8 @@ class Sender(Sending):
 
 class Follower(App):
     """Reads every partition from its beginning."""
+
+    pause_s = 0.15
 
     def __init__(self, world: World, process: Process) -> None:
         super().__init__(world, process)

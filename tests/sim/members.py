@@ -123,10 +123,8 @@ class Member(App):
             self._replace(1.0)
         elif self.renewing or known != self.topic_ids:
             self.leave()
-        elif not healed and self.places and self.rng.random() < 0.1:
-            self._seek(self.rng.choice(list(self.places.values())))
         else:
-            self._fetch()
+            self._next()
 
     def _topic(self, name: str) -> Any:
         topic = self.session.topic(self.world.now, name)
@@ -146,7 +144,6 @@ class Member(App):
             start_ms, start_offset = 0, None
         world.oracle.starts.setdefault(self.group, []).append((start_ms, start_offset))
         self.membership = Membership(self.group, self.member, topic_ids, start_ms, start_offset)
-        self.membership.in_hand_max = world.in_hand_max if self.promises else 0
         self.renewing = False
         self.beat()
 
@@ -155,6 +152,7 @@ class Member(App):
         if self.membership is None:
             return
         self.session.forget(self._heartbeat)
+        self.membership.in_hand_max = self.world.in_hand_max if self.promises else 0
         report = self.membership.report(self.rng.choice((0, 1, 1, 1)) * self.member_timeout_ms // 3)
         told = partial(self._told, self.membership, report.wait_ms)
         self._heartbeat = self.session.call(self.world.now, report, Called(told), inf)
@@ -193,6 +191,8 @@ class Member(App):
             self.beat()
         else:
             self._beat_later(self.rng.random() * self.member_timeout_ms / 3000)
+        if changes.granted:
+            self._go_on()
 
     def _give_back(self) -> bool:
         """Whatever is revoked and not in hand."""
@@ -253,7 +253,8 @@ class Member(App):
             places = [place for place in places if place not in suspects and self.rng.random() < 0.8]
         if places:
             self.busy = True
-            fetch = wire.Fetch([wire.Range(*place.key, place.next) for place in places], FETCH_BYTES, 0)
+            bytes_max = 1 << 20 if self.world.healed else FETCH_BYTES
+            fetch = wire.Fetch([wire.Range(*place.key, place.next) for place in places], bytes_max, 0)
             self.ask(fetch, partial(self._fetched, places), 5.0)
 
     def is_suspect(self, place: Place) -> bool:
@@ -287,7 +288,9 @@ class Member(App):
         if end <= start:
             return
         if not skipping:
-            end = start + 1 if self.is_suspect(place) else min(end, start + self.rng.randint(1, self.world.in_hand_max))
+            in_hand_max = self.world.in_hand_max
+            count = in_hand_max if self.world.healed else self.rng.randint(1, in_hand_max)
+            end = start + 1 if self.is_suspect(place) else min(end, start + count)
             key = OffsetKey(self.group, *place.key)
             block.messages += [Input(key, offset) for offset in range(start, end)]
         block.moves.append((place, start, end))
@@ -325,8 +328,15 @@ class Member(App):
         self.world.after(0.01, self.world.turn, self.process, self._go_on)
 
     def _go_on(self) -> None:
-        """What a loop does after a block: the next one."""
+        """What a loop does after a block, and when it was granted something."""
         if self.membership is not None and not (self.busy or self.over or self.stopping or self.renewing):
+            self._next()
+
+    def _next(self) -> None:
+        """The next block; or the position is set."""
+        if self.places and not self.world.healed and self.rng.random() < 0.1:
+            self._seek(self.rng.choice(list(self.places.values())))
+        else:
             self._fetch()
 
 
@@ -387,7 +397,7 @@ class Worker(Sending, Member):
     def act(self, healed: bool) -> None:
         block = self.block
         place = None if block is None else block.moves[0][0]
-        if block is not None and place is not None and place.turns % 2 and not healed and self.rng.random() < 0.4:
+        if block is not None and place is not None and place.turns % 2 and not healed and self.rng.random() < 0.5:
             self._cut_short(block, place)
         super().act(healed)
 
@@ -400,7 +410,7 @@ class Worker(Sending, Member):
         if self.places.get(place.key) is not place or self.outstanding:
             return
         block.is_cut_short = True
-        if not self.stopping and not place.is_revoked and self.rng.random() < 0.7:
+        if not self.stopping and not place.is_revoked and self.rng.random() < 0.4:
             self.world.count("member: goes on after an attempt that was cut short")
             self.ended(block, None)
             return
@@ -500,7 +510,7 @@ class Mover(Member):
             for place, start, end in block.moves
         ]
         commits = [moves]
-        if self.rng.random() < 0.5:
+        if not self.world.healed and self.rng.random() < 0.5:
             # One by one, and the last of them may be an old one: a position never goes back.
             commits = [[move._replace(end=end)] for move in moves for end in range(move.start + 1, move.end + 1)]
             commits += [[move._replace(start=at, end=at)] for move in moves if (at := self.rng.randint(0, move.start))]

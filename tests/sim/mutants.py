@@ -103,7 +103,7 @@ MUTANTS = [
         "(*results, Result(last_seq, fingerprint, positions))[-remember:]",
         "()",
     ),
-    _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=60),
+    _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=12),
     _one(
         "takeover's end is one too high",
         producers,
@@ -130,7 +130,14 @@ MUTANTS = [
     ),
     # Groups.
     _one("lease not checked", groups, "refusal", "if row is None or entry.lease != row.lease:", "if row is None:"),
-    _one("`from` not checked", groups, "refusal", "if not forward_only and entry.start != row.next:", "if False:"),
+    _one(
+        "`from` not checked",
+        groups,
+        "refusal",
+        "if not forward_only and entry.start != row.next:",
+        "if False:",
+        first=17,
+    ),
     _one("a position may go back", groups, "moved", "if entry.end < row.next:", "if False:"),
     _one(
         "offsets not in the transaction",
@@ -181,6 +188,7 @@ MUTANTS = [
         "_returning",
         "row.lease == held.lease and not row.holder",
         "not row.holder",
+        first=29,
     ),
     _one("seek not a compare-and-swap", groups, "sought", "if request.expected_lease != lease:", "if False:"),
     _one(
@@ -223,6 +231,7 @@ MUTANTS = [
         "_heartbeat",
         " and not self._held_row(request.group, key).turns:",
         ":",
+        first=30,
     ),
     _one(
         "an attempt that has ended begins again with a late copy",
@@ -234,6 +243,7 @@ MUTANTS = [
         "not turns:\n"
         "            return row\n"
         "        return row._replace(attempts=max(attempts, row.attempts), turns=turns or row.turns)",
+        first=13,
     ),
     _one(
         "a member that is gone keeps all",
@@ -267,6 +277,7 @@ MUTANTS = [
         "commit.sent = False\n"
         "                if commit.parts and not commit.transaction:\n"
         "                    commit.open, commit.prev_seq, commit.appends, commit.payload = True, None, [], []\n",
+        first=15,
     ),
     Mutant(
         "old answers believed",
@@ -322,7 +333,7 @@ MUTANTS = [
         "producer.highest = max([producer.last_seq, *[commit.last_seq for commit in producer.queue]])",
         "pass",
     ),
-    _one("fenced means not stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "False", first=60),
+    _one("fenced means not stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "False", first=12),
     _one("fenced means stored", SESSION, "_fenced", "commit.last_seq <= ended_at", "True"),
     _one("an ended producer knows", SESSION, "_end_producer", "if commit.ever_sent and unknown:", "if False:"),
     _one(
