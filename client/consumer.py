@@ -9,8 +9,8 @@ from types import TracebackType
 
 from . import handling, processing, running
 from .errors import InvalidRequest
-from .group import Leased, moves
 from .handling import HANDLER_TIMEOUT_S, Handler
+from .positions import Leased, moves
 from .records import Message
 from .source import Batch, Source, Start, check_start, place
 
@@ -43,7 +43,7 @@ class Subscription:
 
     def metadata(self) -> dict[tuple[str, int], bytes | None]:
         """{(topic, partition): what was stored with the group's position when the partition was assigned}."""
-        held = () if self._source.group is None else self._source.group.held.values()
+        held = () if self._source.group is None else self._source.group.positions.held.values()
         return {one.reading.name: one.metadata for one in held}
 
     async def open(self) -> None:
@@ -60,7 +60,7 @@ class Subscription:
         await source.open()
         infos = await source.engine.topics([topic], source.timeout)
         one = source.reading(topic, partition)
-        if not infos or infos[0].id != one.topic.id:
+        if not infos or infos[0].id != one.key.topic_id:
             raise InvalidRequest(f"partition {partition} of topic {topic!r} is not read here")
         position = await place(source.engine, infos[0], partition, to, source.timeout)
         one.end = infos[0].partitions[partition].next
@@ -83,7 +83,7 @@ class Subscription:
             await source.open()
         reader, group = source.reader, source.group
         if group is not None:
-            group.returned()
+            group.positions.returned()
         while await reader.available():
             one = reader.ready[0]
             piece = one.pieces[0]
@@ -101,9 +101,9 @@ class Subscription:
                     yield message
                 else:
                     assert isinstance(stored.delivery, Leased)
-                    group.handed(stored.delivery)
+                    group.positions.handed(stored.delivery)
                     yield message
-                    group.returned()
+                    group.positions.returned()
 
     def stop(self) -> None:
         """End the iterations that run, as soon as they come back for more; `run` and `process` when they are finished
@@ -125,7 +125,7 @@ class Subscription:
         group = self._source.grouped("commit()")
         if self._source.stop_handling is not None:  # it would pass what is handed out and not handled
             raise InvalidRequest("process() and run() commit what is handled by themselves")
-        moved = group.delivered() if what is None else moves(what)
+        moved = group.positions.delivered() if what is None else moves(what)
         if wait:
             await group.commit(moved)
         else:

@@ -30,7 +30,8 @@ from .errors import (
     OutcomeUnknown,
     UnknownTopic,
 )
-from .group import GroupConsumer, Leased, rewind
+from .group import GroupConsumer
+from .positions import Leased, rewind
 from .records import Message
 from .retry import CircuitBreaker, RetryPolicy, Verdict
 from .scheduling import Send
@@ -71,7 +72,7 @@ async def reject(source: Source, message: Message, reason: str) -> None:
             f"message {message.offset} of partition {message.partition} of {message.topic!r} is not the first that is "
             f"not committed ({leased.planned}): commit what is before it"
         )
-    why = dead_letters.Failure(group.group, message.attempt, reason, None, _wall_ms())
+    why = dead_letters.Failure(group.positions.group, message.attempt, reason, None, _wall_ms())
     buffer = Buffer()
     buffer.move(message)
     buffer.add(policy.dead_letter, dead_letters.dead_letter(message, why))
@@ -147,6 +148,7 @@ class Handling:
             raise InvalidRequest(f"handler_timeout is a number of seconds above 0, not {handler_timeout!r}")
         self._source = source
         self._group: GroupConsumer = source.grouped("process() and run()")
+        self._positions = self._group.positions
         try:
             inspect.signature(handler).bind(*given)
         except ValueError:  # a builtin may tell no signature
@@ -201,7 +203,7 @@ class Handling:
             await self._check_topics()
             if self._policy is not None:
                 group.promise(self._in_hand_max)
-            group.busy = self._busy
+            self._positions.busy = self._busy
             await source.open()
             self._hand_out_again()  # what was handed out before this call and not committed would be passed
             if self._async:
@@ -282,7 +284,7 @@ class Handling:
     def _tidy(self) -> None:
         """Whatever is not committed is handed out again, to whoever reads here next."""
         group = self._group
-        group.busy = None
+        self._positions.busy = None
         if self._policy is not None and not self._source.closed:
             group.promise(0)
         if self._stopping:
@@ -295,10 +297,10 @@ class Handling:
         self._threads.end()
         if not self._source.closed:
             self._hand_out_again()
-        group.returned()
+        self._positions.returned()
 
     def _hand_out_again(self) -> None:
-        rewind([move for move in self._group.delivered() if move.first < move.end])
+        rewind([move for move in self._positions.delivered() if move.first < move.end])
 
     def _watch(self, expected: float = inf) -> None:
         late = self._loop.time() - expected
@@ -406,7 +408,7 @@ class Handling:
             return Judged(Verdict.RAISE, opened, None, attempts - 1)
         total = attempts + self._parked_attempts(message)
         verdict = policy.verdict(error, total)
-        why = dead_letters.Failure(self._group.group, total, "", error, _wall_ms())
+        why = dead_letters.Failure(self._positions.group, total, "", error, _wall_ms())
         send: Send | None = None
         if verdict is Verdict.DEAD_LETTER:
             assert policy.dead_letter is not None
@@ -422,7 +424,7 @@ class Handling:
         assert policy is not None
         assert policy.dead_letter is not None
         reason = f"not tried again: {attempts} attempts failed, or their workers did not survive them"
-        why = dead_letters.Failure(self._group.group, attempts, reason, None, _wall_ms())
+        why = dead_letters.Failure(self._positions.group, attempts, reason, None, _wall_ms())
         return policy.dead_letter, dead_letters.dead_letter(self._shown(message) or message, why)
 
     def _noted(self, message: Message, error: Exception) -> Exception:
@@ -458,7 +460,7 @@ class Handling:
         found = self._parked(message)
         if found is None:
             return message
-        return found.message if found.group == self._group.group else None
+        return found.message if found.group == self._positions.group else None
 
     def _admit(self, batch: Sequence[Message]) -> list[Message]:
         """What may be handled now. A parking topic's partition waits for the time of its first message."""
@@ -473,7 +475,7 @@ class Handling:
             if leased_of(message) in waiting:
                 continue
             found = self._parked(message)
-            if found is not None and found.group == self._group.group:
+            if found is not None and found.group == self._positions.group:
                 # By two clocks: so one that is wrong lets it wait no longer than it was to wait.
                 wait = min(found.delay_s, message.timestamp / 1000 + found.delay_s - _wall_ms() / 1000)
                 if wait > 0:
@@ -496,20 +498,20 @@ class Handling:
     def _hold_no_more(self, key: TopicPartition) -> None:
         self._held_back.pop(key).cancel()
         self._occupied_at = self._loop.time()
-        leased = self._group.held.get(key)
+        leased = self._positions.held.get(key)
         if leased is not None and leased.state == "held":
             self._source.reader.pause(leased.reading, False)
 
     async def _next(self, wanted: int) -> Batch | None:
         """The next messages. None: stopped, or nothing came for `until_idle` (see `_idle`)."""
         batch = await self._source.next(wanted, 0.0, self._until_idle)
-        if batch is None and not self._stopping and not self._group.held and await self._is_behind():
+        if batch is None and not self._stopping and not self._positions.held and await self._is_behind():
             self._occupied_at = self._loop.time()  # what others hold may become ours yet: one of them may be dead
         return batch
 
     async def _is_behind(self) -> bool:
         """Is there anything that the group has not come to?"""
-        source, group = self._source, self._group
+        source = self._source
         ends = {
             TopicPartition(topic.id, one.index): one.next
             for topic in await source.engine.topics(source.names, source.timeout)
@@ -517,12 +519,12 @@ class Handling:
         }
         return any(
             one.next < ends.get(TopicPartition(one.topic_id, one.partition), 0)
-            for one in await source.engine.offsets(group.group, source.timeout)
+            for one in await source.engine.offsets(self._positions.group, source.timeout)
         )
 
     def _idle(self) -> bool:
         """Nothing came for a while: is that the end?"""
-        held = [self._group.held.get(key) for key in self._held_back]
+        held = [self._positions.held.get(key) for key in self._held_back]
         if any(leased is not None and leased.state == "held" for leased in held):
             self._occupied_at = self._loop.time()
         return self._until_idle is not None and self._loop.time() >= self._occupied_at + self._until_idle

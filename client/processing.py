@@ -22,8 +22,8 @@ from .errors import (
     TransactionTooLarge,
     UnknownTopic,
 )
-from .group import Leased, kept, moves, rewind
 from .handling import Handler, Handling, Judged, Unfinished, cancelled_within, leased_of, not_async, tried
+from .positions import Leased, moves, rewind
 from .records import Message
 from .retry import Verdict
 from .session import TRANSACTION_BYTES_MAX
@@ -71,12 +71,12 @@ class _Process(Handling):
                 while messages and not self._stopping:
                     messages = [one for one in messages if leased_of(one).state == "held"]
                     self._in_hand = {leased_of(one) for one in messages}
-                    self._group.progressed()
+                    self._positions.progressed()
                     if messages:
                         messages = await self._some(messages)
             finally:
                 self._in_hand = set()
-                self._group.progressed()
+                self._positions.progressed()
 
     async def _wait_for_probe(self) -> None:
         while self._breaker.probe_at is not None and not self._stopping:
@@ -234,7 +234,6 @@ class _Process(Handling):
         try:
             await self._store_buffer(whole)
         except REFUSED:
-            kept(whole.moved)
             raise
         except BaseException as failed:
             rewind(whole.moved, failed)  # a handler may have moved positions of other subscriptions, too

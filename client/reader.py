@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from . import records
-from .engine import Engine, FetchedPart, TopicInfo
+from .engine import Engine, FetchedPart
 from .errors import ChecksumMismatch, ClientClosed, IdemqError, OffsetTruncated, StoreReplaced, UnknownTopic
-from .records import UNLEASED, Delivery, StoredBatch
+from .positions import Piece, Reading
+from .records import StoredBatch
 from .wire import APPENDS_MAX, Code, TopicPartition
 
 FETCH_BYTES = 1 << 20
@@ -28,38 +29,6 @@ FETCH_TURN_WAIT_S = 0.1
 """The same where one fetch cannot ask for all partitions, so that they take turns."""
 
 _NUMBERS = itertools.count(1)
-
-Piece = tuple[StoredBatch, int, int]
-"""Some messages of one batch: it, the first index, behind the last."""
-
-
-class Reading:
-    """Where reading one partition stands."""
-
-    __slots__ = ("bytes", "delivered", "delivery", "end", "key", "paused", "pieces", "position", "topic", "turn")
-
-    def __init__(self, topic: TopicInfo, index: int, position: int, end: int, delivery: Delivery = UNLEASED) -> None:
-        self.topic = topic
-        self.key = TopicPartition(topic.id, index)
-        self.position = position
-        """The next offset to fetch."""
-        self.delivered = position
-        """The next offset to hand out."""
-        self.end = end
-        """Where the partition ended at the last fetch."""
-        self.delivery = delivery
-        self.paused = False
-        """Nothing is fetched or handed out."""
-        self.pieces: deque[Piece] = deque()
-        """What is fetched and not handed out."""
-        self.bytes = 0
-        self.turn = 0
-        """The lowest is asked for first."""
-
-    @property
-    def name(self) -> tuple[str, int]:
-        """(topic, partition), for people."""
-        return self.topic.name, self.key.partition
 
 
 class Reader:
@@ -290,13 +259,13 @@ class Reader:
             return
         one.end = max(one.end, part.next)
         for offset, timestamp, data in part.batches:
-            stored = records.unpack(data, offset, timestamp, one.topic.name, self._engine.incarnation)
+            stored = records.unpack(data, offset, timestamp, one.topic, self._engine.incarnation)
             if (stored.header.topic_id, stored.header.partition) != one.key:
-                raise ChecksumMismatch(f"a batch of another partition lies at {offset} of {one.topic.name!r}")
+                raise ChecksumMismatch(f"a batch of another partition lies at {offset} of {one.topic!r}")
             count = stored.header.records
             start = one.position - offset
             if not 0 <= start < count:
-                raise ChecksumMismatch(f"asked for {one.position} of {one.topic.name!r}, got {offset}")
+                raise ChecksumMismatch(f"asked for {one.position} of {one.topic!r}, got {offset}")
             stored.delivery = one.delivery
             if not one.pieces:
                 self.ready.append(one)
@@ -309,7 +278,7 @@ class Reader:
 
 
 def _refusal(one: Reading, part: FetchedPart) -> IdemqError:
-    name = one.topic.name
+    name = one.topic
     if part.code == Code.OFFSET_TRUNCATED:
         missed = part.earliest - one.position
         details = {"missed": missed, "earliest": part.earliest, "partition": part.partition}

@@ -7,8 +7,8 @@ from contextlib import suppress
 from math import inf
 
 from .errors import IdemqError, InvalidRequest, OutcomeUnknown, TransactionAborted
-from .group import Leased, moves, rewind
 from .handling import Handler, Handling, Judged, Unfinished, leased_of, tried
+from .positions import Leased, moves, rewind
 from .records import Message
 from .retry import Verdict
 from .scheduling import IN_HAND_MAX, Schedule, Work
@@ -153,11 +153,11 @@ class _Run(Handling):
             elif delivery.state == "releasing":
                 self._schedule.withdraw(delivery)
                 self._schedule.flush(self._loop.time())
-                self._group.progressed()
+                self._positions.progressed()
 
     def _drop(self, leased: Leased) -> None:
         self._schedule.drop(leased)
-        self._group.progressed()
+        self._positions.progressed()
 
     def _fail(self, error: BaseException | None) -> None:
         """To be raised when the other handlers have come to an end."""
@@ -244,7 +244,7 @@ class _Run(Handling):
 
     async def _commit(self) -> None:
         """Store how far each line is finished, with the dead letters on the way, and the attempts at its head."""
-        schedule, group = self._schedule, self._group
+        schedule = self._schedule
         whole = Buffer()
         moving: list[list[Work]] = []
         for works in schedule.finished():
@@ -266,7 +266,7 @@ class _Run(Handling):
                 await self._store_buffer(whole)
             elif ends:
                 with self._storage():
-                    await group.commit(moves(ends), inf)
+                    await self._group.commit(moves(ends), inf)
         except (TransactionAborted, OutcomeUnknown) as aborted:  # unknown: see `processing.py`
             error = aborted
         for works in moving:
@@ -275,7 +275,7 @@ class _Run(Handling):
                 schedule.committed(works)
             else:
                 self._give_up(leased, works[-1].message, error)
-        group.progressed()
+        self._positions.progressed()
         self._attempts_due = False
         for work in schedule.heads():
             message = work.message

@@ -1,7 +1,7 @@
 """What a subscription reads, and for whom: every partition from a place of one's own, or what a group was assigned.
 
 Its user's side is `consumer.py`; handlers (`handling.py`) take their messages from here, too. Fetching is `reader.py`'s
-business, membership and positions are `group.py`'s.
+business, membership is `group.py`'s, and positions are `positions.py`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import overload
 
 from .engine import Engine, EngineProducer, ProducerOptions, TopicInfo
 from .errors import ClientClosed, IdemqError, InvalidRequest, RetriableError, UnknownTopic
-from .group import Callback, GroupConsumer, Leased
+from .group import Callback, GroupConsumer
+from .positions import Leased, Piece, Reading
 from .producer import GIVE_UP_S
-from .reader import Piece, Reader, Reading
+from .reader import Reader
 from .records import Message
 from .retry import RetryPolicy
 from .transaction import Buffer
@@ -148,7 +149,9 @@ class Source:
                 for topic in found.values():
                     for index in range(len(topic.partitions)):
                         position = await place(self.engine, topic, index, self._start, self.timeout)
-                        opened.append(Reading(topic, index, position, topic.partitions[index].next))
+                        opened.append(
+                            Reading(topic.name, TopicPartition(topic.id, index), position, topic.partitions[index].next)
+                        )
                 self._check_open()
                 self.reader.add(opened)
                 self._refreshing = asyncio.get_running_loop().create_task(self._find_new_partitions())
@@ -162,7 +165,7 @@ class Source:
 
     def reading(self, topic: str, partition: int) -> Reading:
         """Where reading a partition stands. Raises InvalidRequest for one that is not read here."""
-        leased = () if self.group is None else [one.reading for one in self.group.held.values()]
+        leased = () if self.group is None else [one.reading for one in self.group.positions.held.values()]
         for one in leased or self.reader.readings.values():
             if one.name == (topic, partition):
                 return one
@@ -223,7 +226,7 @@ class Source:
         if not self.opened:
             await self.open()
         if group is not None:
-            group.returned()
+            group.positions.returned()
         idle_at = None if idle_s is None else loop.time() + idle_s
         while await reader.available(idle_at):
             if group is not None and group.endings:
@@ -243,7 +246,7 @@ class Source:
                 pieces.append(piece)
                 if group is not None:
                     assert isinstance(piece[0].delivery, Leased)
-                    group.handed(piece[0].delivery)
+                    group.positions.handed(piece[0].delivery)
             if pieces:
                 return Batch(pieces)
         return None
@@ -259,7 +262,7 @@ class Source:
                     continue  # reading outlives an outage, and so does looking
                 known = {key.topic_id for key in self.reader.readings}
                 added = [
-                    Reading(topic, ends.index, ends.earliest, ends.next)
+                    Reading(topic.name, TopicPartition(topic.id, ends.index), ends.earliest, ends.next)
                     for topic in topics
                     for ends in topic.partitions
                     if topic.id in known and TopicPartition(topic.id, ends.index) not in self.reader.readings

@@ -11,7 +11,7 @@ from typing import Literal
 
 from .engine import EngineProducer
 from .errors import ClientClosed, InvalidRequest, TransactionTooLarge, Unsupported
-from .group import Move, aborted, moves, plan, rewind, stored
+from .positions import Move, aborted, moves, plan, rewind, stored
 from .records import RECORD_BYTES, Headers, Message, Receipt, Record, check_record
 from .session import TRANSACTION_BYTES_MAX
 from .wire import TOKEN_BYTES_MAX
@@ -66,7 +66,7 @@ class Buffer:
         self._moves.append((Move(move.leased, move.first, move.end), metadata))
 
     async def store(self, producer: EngineProducer, timeout: float) -> list[Receipt]:
-        """Store it; returns the messages' receipts. What is not stored stays in hand (`rewind`, `kept`)."""
+        """Store it; returns the messages' receipts. What is not stored stays in hand, until `rewind`."""
         if not (self.sends or self.token is not None or self._moves):
             return []
         offsets = plan(self._moves)

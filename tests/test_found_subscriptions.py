@@ -54,13 +54,13 @@ async def test_what_failed_while_it_was_to_be_given_back_is_not_passed_by_a_comm
             other = mq.subscribe("t", group="g")
             joining = asyncio.create_task(other.open())
             group = source.group
-            await eventually(lambda: any(one.state == "releasing" for one in group.held.values()))
-            (going,) = [one.reading.name for one in group.held.values() if one.state == "releasing"]
+            await eventually(lambda: any(one.state == "releasing" for one in group.positions.held.values()))
+            (going,) = [one.reading.name for one in group.positions.held.values() if one.state == "releasing"]
             with pytest.raises(ValueError):
                 async with producer.transaction(batch):
                     raise ValueError
             waiting = asyncio.create_task(anext(batches))
-            await eventually(lambda: len(group.held) == 1)
+            await eventually(lambda: len(group.positions.held) == 1)
             waiting.cancel()
             await joining
             assert (await positions(mq))[going] == 0
@@ -79,8 +79,8 @@ async def test_what_failed_while_it_was_to_be_given_back_is_not_passed_by_the_ne
             assert group is not None
             other = mq.subscribe("t", group="g")
             joining = asyncio.create_task(other.open())
-            await eventually(lambda: any(one.state == "releasing" for one in group.held.values()))
-            (going,) = [one.reading.key.partition for one in group.held.values() if one.state == "releasing"]
+            await eventually(lambda: any(one.state == "releasing" for one in group.positions.held.values()))
+            (going,) = [one.reading.key.partition for one in group.positions.held.values() if one.state == "releasing"]
             mine = [one for one in batch if one.partition == going]
             with pytest.raises(ValueError):
                 async with producer.transaction(mine[:5]):
@@ -117,8 +117,8 @@ async def test_a_partition_that_is_sought_while_it_was_to_be_given_back_is_read_
         group = sub._source.group
         assert group is not None
         async with mq.subscribe("t", group="g"):  # and is gone again before anything is given back
-            await eventually(lambda: any(one.state == "releasing" for one in group.held.values()))
-            (going,) = [one.reading.key.partition for one in group.held.values() if one.state == "releasing"]
+            await eventually(lambda: any(one.state == "releasing" for one in group.positions.held.values()))
+            (going,) = [one.reading.key.partition for one in group.positions.held.values() if one.state == "releasing"]
         await sub.seek("t", going, 0)
         async with asyncio.timeout(5):
             assert [(one.partition, one.offset) for one in await take(sub, 10)] == [(going, n) for n in range(10)]
@@ -286,7 +286,7 @@ async def test_a_conflict_of_one_group_moves_no_other_groups_position() -> None:
         first, second = await take(one, 2), await take(other, 2)
         group = one._source.group
         assert group is not None
-        (leased,) = group.held.values()
+        (leased,) = group.positions.held.values()
         engine: Any = mq._engine
         # As an earlier transaction of unknown outcome would have left it.
         await engine.commit_offsets([wire.Offset("g", *leased.reading.key, leased.lease, 0, 3)], 5)

@@ -346,7 +346,9 @@ async def missed(mq: idemq.Client) -> None:
 async def told(sub: idemq.Subscription) -> None:
     """The broker knows how each attempt ended."""
     group = sub._source.grouped("this test")
-    await eventually(lambda: not group.endings and not any(leased.turns % 2 for leased in group.held.values()))
+    await eventually(
+        lambda: not group.endings and not any(leased.turns % 2 for leased in group.positions.held.values())
+    )
 
 
 @pytest.mark.parametrize("how", ["stopped", "cancelled"])

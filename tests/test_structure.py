@@ -33,7 +33,7 @@ PACKAGES = ("client", "broker", "bench")
 # Decided by their arguments alone, so that the simulator owns their clock, their dice and their network.
 PURE = {
     *(f"client/{name}.py" for name in ("wire", "records", "errors", "pipeline", "session", "membership")),
-    *(f"client/{name}.py" for name in ("retry", "scheduling")),
+    *(f"client/{name}.py" for name in ("positions", "retry", "scheduling")),
     *(f"broker/{name}.py" for name in ("core", "producers", "topics", "groups", "fetches", "schema")),
 }
 PURE_MODULES = {"idemq." + path.removesuffix(".py").replace("/", ".") for path in PURE}

@@ -375,7 +375,7 @@ async def test_a_partition_is_not_given_back_while_a_transaction_is_under_way(mo
 
 def leased(sub: idemq.Subscription) -> list[Any]:
     assert sub._source.group is not None
-    return list(sub._source.group.held.values())
+    return list(sub._source.group.positions.held.values())
 
 
 @run
