@@ -41,7 +41,8 @@ class GroupConsumer:
         on_revoked: Callback | None,
         timeout: float,
     ) -> None:
-        self.positions = Positions(group, self._progressed, self._taken_back)
+        self._progress = asyncio.Event()
+        self.positions = Positions(group, self._progress.set, self._taken_back)
         self.in_hand_max = 0
         self._engine = engine
         self._reader = reader
@@ -53,7 +54,6 @@ class GroupConsumer:
         self._callbacks = asyncio.Lock()
         self.calling: asyncio.Task[Any] | None = None
         """The task that waits for a callback."""
-        self._progress = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._commits: set[asyncio.Task[None]] = set()
         self.endings: set[asyncio.Task[None]] = set()
@@ -122,7 +122,6 @@ class GroupConsumer:
             granted, revoked, lost = self.positions.take(changes, self._topics)
             if lost:
                 self._reader.remove([leased.reading.key for leased in lost])
-                self._progress.set()
                 self._spawn(self._call, self._on_revoked, lost, False)
             for leased in revoked:
                 self._reader.pause(leased.reading, True)
@@ -165,9 +164,6 @@ class GroupConsumer:
                         self.calling = None
 
     # ------------------------------------------------------------------------------------------------ positions
-
-    def _progressed(self) -> None:
-        self._progress.set()
 
     def _taken_back(self, again: Leased, ended: wire.Offset | None) -> None:
         if ended is not None:
@@ -226,3 +222,4 @@ class GroupConsumer:
         if again is not None:
             self._member.sought(key, again.lease)
             self._reader.replace(again.reading)
+            self._spawn(self._call, self._on_assigned, [again], True)  # he may have heard that it goes

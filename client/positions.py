@@ -5,17 +5,19 @@
 The rules of a group's positions:
 
 - What is handed out of a partition under one lease, from the stored position on, belongs together (`Leased`), until it
-  is taken back: then all that is not stored is handed out again, as another, from the stored position on. The old
-  messages move nothing any more, though the lease would allow it: what is handed out again is in front of them.
+  is taken back: then all that is not stored is handed out again, as another. The old messages move nothing any more,
+  though the lease would allow it: what is handed out again is in front of them. What was under way for them may be
+  stored yet, and is then not handed out again.
 - A transaction begins where those under way end (`planned`), so that several follow each other, and none is stored
   behind one that is not. Whatever ends badly, or nobody knows how, is taken back; the broker compares positions, so
   that what was stored after all is stored once. Whoever learns where the position is goes on there.
 - A plain commit is forward only. It moves what may be moved, and says of the rest why not.
-- Under another lease nothing of this one moves: a seek begins anew.
+- Under another lease nothing of this one moves: a seek begins anew. The user goes on having the partition; that it
+  comes and goes he is told by turns.
 - A partition that is revoked is given back when nothing of it is in hand: handed out and not done with, or on its way
   to the broker.
-- That an attempt begins, and that it was cut short, are numbered (rule 18 of `broker/PROTOCOL.md`): taking back ends
-  the one that is under way, moving the position does by itself.
+- That an attempt begins or has ended is numbered (rule 18 of `broker/PROTOCOL.md`): taking back ends the one that is
+  under way, and a position that moves ends it by itself.
 
 It may not know a task, a clock, a connection, nor who reads and handles; what it decides is done by `group.py`.
 """
@@ -68,7 +70,7 @@ class Reading:
 class Leased(Delivery):
     """One partition under one lease, and what of it was handed out since its messages were last taken back."""
 
-    __slots__ = ("committed", "metadata", "pending", "planned", "positions", "reading", "state", "told", "turns")
+    __slots__ = ("committed", "metadata", "pending", "planned", "positions", "reading", "state", "tenure", "turns")
 
     def __init__(self, positions: Positions, lease: wire.Lease, topic: str) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
@@ -85,8 +87,8 @@ class Leased(Delivery):
         """Transactions and commits under way."""
         self.state: Literal["held", "releasing", "gone", "stale"] = "held"
         """held -> releasing -> gone, or at once; stale: its messages are handed out again by another in its place."""
-        self.told = False
-        """The user was told that it is assigned, and not yet that it no longer is."""
+        self.tenure = lease.lease
+        """The first lease since the partition was granted: it stays the same over taking back and seeking."""
         self.turns = 0
         """How often the broker was told that an attempt begins or has ended (`wire.Offset`): odd, while one is under
         way, which is at `head`."""
@@ -117,7 +119,7 @@ class Leased(Delivery):
         )
         leased = Leased(self.positions, lease or same, self.reading.topic)
         leased.reading.end, leased.reading.paused = self.reading.end, self.reading.paused
-        leased.told = self.told
+        leased.tenure = self.tenure
         leased.turns = 0 if lease else self.turns
         return leased
 
@@ -162,15 +164,16 @@ def _pieces(what: object) -> Iterable[Piece]:
 
 
 def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
-    """The entries with which a transaction moves these positions, with metadata. Raises OffsetConflict.
+    """The entries with which a transaction moves these positions, with metadata. Raises OffsetConflict, LeaseLost.
 
     It is under way then, until `stored` or `aborted`.
     """
     entries: list[wire.Offset] = []
+    refused = _refused(move for move, _ in moved)
     for move, metadata in moved:
         leased = move.leased
-        if leased.state == "stale":
-            raise _conflict(move, "is handed out again")
+        if leased in refused:
+            raise refused[leased]
         if move.first < leased.planned:
             raise _conflict(move, "was committed before")
         entries.append(leased.entry(leased.planned, move.end, metadata))
@@ -183,8 +186,18 @@ def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
 def stored(moved: Sequence[Move]) -> None:
     """What was under way is stored."""
     for move in moved:
-        move.leased.moved(move.end)
+        _learned(move.leased, move.end)
     _ended(moved)
+
+
+def _learned(leased: Leased, at: int) -> None:
+    """The position is stored there, also for those whose messages are handed out again since; not of what is stored."""
+    leased.moved(at)
+    now = leased.positions.held.get(leased.reading.key)
+    if now is not None and now is not leased and now.lease == leased.lease:
+        now.moved(at)
+        if now.reading.delivered < at:
+            leased.positions.take_back(now)
 
 
 def aborted(moved: Iterable[Move]) -> None:
@@ -208,7 +221,7 @@ def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:
     """
     for leased in [move.leased for move in moved]:
         if isinstance(error, OffsetConflict) and error.expected is not None and _names(error, leased):
-            leased.moved(error.expected)  # an earlier run was stored after all
+            _learned(leased, error.expected)  # an earlier run was stored after all
         if leased.state in ("held", "releasing"):
             leased.positions.take_back(leased)
 
@@ -226,13 +239,16 @@ class Commit:
 
     def entries(self) -> list[wire.Offset]:
         """What is to be asked for now. With nothing left it raises LeaseLost or OffsetConflict, if any was refused."""
-        left = [move for move in self._left if move.end > move.leased.committed]
+        left, self._left = self._left, []
+        refused = _refused(left)
         for move in left:
-            if move.leased.state == "stale" and self._refused is None:
-                self._refused = _conflict(move, "is handed out again")
-        self._left = [move for move in left if move.leased.state != "stale"]
-        for move in self._left:
-            move.leased.pending += 1
+            if move.end <= move.leased.committed:
+                continue
+            if move.leased in refused:
+                self._refused = self._refused or refused[move.leased]
+            else:
+                self._left.append(move)
+                move.leased.pending += 1
         if not self._left and self._refused is not None:
             raise self._refused
         return [move.leased.entry(move.leased.committed, move.end) for move in self._left]
@@ -251,6 +267,20 @@ class Commit:
         return True
 
 
+def _refused(moved: Iterable[Move]) -> dict[Leased, TransactionAborted]:
+    """Where nothing moves any more, and why: messages that are handed out again, and all leases of a partition but the
+    last of these."""
+    found: dict[Leased, TransactionAborted] = {}
+    last: dict[tuple[str, TopicPartition], Leased] = {}
+    for move in sorted(moved, key=lambda move: move.leased.lease, reverse=True):
+        leased = move.leased
+        if leased.state == "stale":
+            found[leased] = _conflict(move, "is handed out again")
+        elif last.setdefault((leased.positions.group, leased.reading.key), leased) is not leased:
+            found[leased] = lost(leased)
+    return found
+
+
 # --------------------------------------------------------------------------------------------------- what is held
 
 
@@ -266,6 +296,8 @@ class Positions:
         """Is anything of this partition in hand? None: until the loop comes back for more."""
         self.progressed = progressed
         """Something in hand was finished: whoever waits to give it back looks again."""
+        self._told: set[int] = set()
+        """Of these tenures the user was told that they began, and not yet that they ended."""
         self._taken_back = taken_back
         """A partition is read by this from now on; if there is an entry, the broker is to know it before more is handed
         out."""
@@ -277,6 +309,7 @@ class Positions:
         lost = [self.held.pop(key) for key in changes.lost if key in self.held]
         for leased in lost:
             leased.state = "gone"
+            self.progressed()
         revoked = [self.held[key] for key in changes.revoked if key in self.held]
         for leased in revoked:
             leased.state = "releasing"
@@ -285,11 +318,18 @@ class Positions:
         return granted, revoked, lost
 
     def news(self, partitions: Iterable[Leased], told: bool) -> list[Leased]:
-        """Of which of these the user is to be told, now: of each that it is assigned, then, once, that it no longer
-        is."""
-        news = [leased for leased in partitions if leased.told != told]
-        for leased in news:
-            leased.told = told
+        """Of which of these the user is to be told, now: of each that it is assigned, then, once, that it no longer is.
+
+        Not of what is gone again already, nor that it goes if he has sought there meanwhile, and it is held on."""
+        news: list[Leased] = []
+        for leased in partitions:
+            now = self.held.get(leased.reading.key, leased)
+            if now.tenure != leased.tenure:
+                now = leased
+            is_over = now.state == "gone" if told else now is not leased and now.state == "held"
+            if (leased.tenure in self._told) != told and not is_over:
+                self._told ^= {leased.tenure}
+                news.append(leased)
         return news
 
     def releasing(self, keys: Iterable[TopicPartition]) -> list[Leased]:
@@ -373,10 +413,16 @@ def _place(leased: Leased) -> str:
 
 def _where(leased: Leased) -> dict[str, int | str | None]:
     key = leased.reading.key
-    return {"group": leased.positions.group, "topic_id": key.topic_id, "partition": key.partition}
+    where = {"topic_id": key.topic_id, "partition": key.partition, "lease": leased.lease}
+    return {"group": leased.positions.group, **where}
 
 
 def _names(error: BaseException, leased: Leased) -> bool:
     """Is this error about this group's position in this partition?"""
-    where = _where(leased)
-    return isinstance(error, IdemqError) and {name: error.details.get(name) for name in where} == where
+    if not isinstance(error, IdemqError):
+        return False
+    where, details = (
+        _where(leased),
+        {"lease": leased.lease, **error.details},
+    )  # the broker is asked about one lease only
+    return {name: details.get(name) for name in where} == where

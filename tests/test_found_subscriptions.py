@@ -348,3 +348,110 @@ async def test_whoever_reads_without_a_group_outlives_an_outage_as_a_member_does
                 await producer.send("t", b"1")
             assert values(await take(member, 1)) == [1]
             assert values(await take(sub, 1)) == [1]
+
+
+# ------------------------------------------------------------------------------------------ the rules of positions
+
+
+@run
+async def test_what_a_commit_stores_after_it_was_taken_back_is_not_handed_out_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with world(messages=6) as (_, mq), mq.producer() as producer, mq.subscribe("t", group="g") as sub:
+        batch = await take(sub, 4)
+        engine: Any = mq._engine
+        commit_offsets = engine.commit_offsets
+        is_stored, is_heard = asyncio.Event(), asyncio.Event()
+
+        async def slowly(*arguments: Any) -> None:
+            await commit_offsets(*arguments)
+            is_stored.set()
+            await is_heard.wait()
+
+        monkeypatch.setattr(engine, "commit_offsets", slowly)
+        committing = asyncio.create_task(sub.commit(batch[1]))
+        await is_stored.wait()
+        with pytest.raises(ValueError):
+            async with producer.transaction(batch[2:]):
+                raise ValueError
+        is_heard.set()
+        await committing
+        assert values(await take(sub, 2)) == [2, 3]
+
+
+@run
+async def test_a_commit_that_goes_on_without_a_lost_partition_does_not_pass_what_was_taken_back_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with (
+        world(partitions=2, messages=8) as (_, mq),
+        mq.producer() as producer,
+        mq.subscribe("t", group="g") as sub,
+    ):
+        batch = await take(sub, 8)
+        lost, other = batch[0], [one for one in batch if one.partition != batch[0].partition]
+        engine: Any = mq._engine
+        commit_offsets = engine.commit_offsets
+
+        async def loses(*_: Any) -> None:
+            monkeypatch.setattr(engine, "commit_offsets", commit_offsets)
+            with pytest.raises(ValueError):
+                async with producer.transaction(other):
+                    raise ValueError
+            where = {"group": "g", "topic_id": lost[0].header.topic_id, "partition": lost.partition}
+            raise idemq.LeaseLost("", details=where)
+
+        monkeypatch.setattr(engine, "commit_offsets", loses)
+        with pytest.raises(idemq.LeaseLost):
+            await sub.commit(batch)
+        assert (await positions(mq))["t", other[0].partition] == 0
+
+
+@run
+async def test_messages_of_two_leases_are_committed_as_far_as_the_later_one_goes() -> None:
+    async with world(messages=6) as (_, mq), mq.producer() as producer, mq.subscribe("t", group="g") as sub:
+        old = await take(sub, 2)
+        await sub.seek("t", 0, 1)
+        new = await take(sub, 2)
+        with pytest.raises(idemq.LeaseLost):
+            async with producer.transaction([*old, *new]):
+                pass
+        new = await take(sub, 2)
+        assert values(new) == [1, 2], "nothing was stored"
+        with pytest.raises(idemq.LeaseLost):
+            await sub.commit([*old, *new])
+        assert await positions(mq) == {("t", 0): 3}
+
+
+@run
+async def test_a_partition_that_is_sought_while_it_goes_is_told_to_stay() -> None:
+    async with world(partitions=2, messages=4) as (_, mq):
+        told: list[tuple[str, list[tuple[str, int]]]] = []
+        sub: idemq.Subscription
+
+        async def on_revoked(partitions: list[tuple[str, int]]) -> None:
+            told.append(("revoked", partitions))
+            if len(told) == 2:
+                await sub.seek(*partitions[0], 0)
+
+        sub = mq.subscribe(
+            "t", group="g", on_assigned=lambda some: told.append(("assigned", some)), on_revoked=on_revoked
+        )
+        async with sub, mq.subscribe("t", group="g") as other:
+            await eventually(lambda: len(other.assigned) == 1)
+            assert told[1:] == [(what, other.assigned) for what in ("revoked", "assigned", "revoked")]
+
+
+@run
+async def test_where_an_earlier_lease_was_does_not_pass_what_was_sought_since() -> None:
+    async with world(messages=6) as (_, mq), mq.producer() as producer, mq.subscribe("t", group="g") as sub:
+        await sub.commit(await take(sub, 2))
+        stale = await take(sub, 2)
+        with pytest.raises(ValueError):
+            async with producer.transaction(stale):
+                raise ValueError
+        await sub.seek("t", 0, 0)
+        with pytest.raises(idemq.OffsetConflict):
+            async with producer.transaction([*await take(sub, 2), *stale]):
+                pass
+        assert values(await take(sub, 2)) == [0, 1]
