@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     where = machine(directory) | {"fsync_ms": f"{fsync_ms(directory):.2f}"}
     if not arguments.json:
         print("  ".join(f"{name} {value}" for name, value in where.items()))
-        print(f"median (min to max) of {rounds} rounds")
+        print(f"median (min to max) of {rounds} rounds; of dedup in short blocks (and where it lies, to 95 %)")
     rows = asyncio.run(_measure(names, plan, quiet=arguments.json))
     if arguments.json:
         found = [{"figure": row.figure, "unit": row.unit, **row.value._asdict()} for row in rows]
@@ -53,7 +53,7 @@ async def _measure(names: list[str], plan: Plan, *, quiet: bool) -> list[Row]:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _parser() -> Parser:

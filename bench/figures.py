@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -17,9 +19,11 @@ from idemq import Client, Record
 from idemq.client import records, wire
 from idemq.client.engine import BATCH_BYTES
 
-from .measure import Sample, Spread, Stopwatch, anonymous_mb, broker, directory_mb, metric, spread
+from .measure import Sample, Spread, Stopwatch, anonymous_mb, broker, confidence, directory_mb, metric, spread
 
 TOPIC = "bench"
+DEDUP_BLOCKS = 100
+"""Blocks of `dedup` for each round of the others: a block takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,40 +164,47 @@ async def _one_by_one(mq: Client, count: int) -> None:
 
 
 async def dedup(plan: Plan) -> Rows:
-    """What deduplication costs: CPU with it against CPU without, beside without against without (the noise)."""
+    """What deduplication costs: CPU with it against CPU without, beside without against without (the noise).
+
+    In short blocks, one after the other: what else happens on the machine then falls on all alike.
+    """
     size = plan.sizes[0]
-    for each, full in ((1, 4_000), (10, 40_000), (100, 300_000), (1000, 1_000_000)):
-        count = plan.messages(full)
+    rounds = max(3, int(DEDUP_BLOCKS * plan.rounds * plan.scale))
+    order = random.Random(1)
+    for each, count in ((1, 300), (10, 1_500), (100, 5_000), (1000, 30_000)):
         values = [os.urandom(size)] * count
         cpu: dict[str, list[tuple[float, float]]] = {"off": [], "on": [], "off again": []}
-        async with broker() as process, idemq.connect(process.url, timeout=60) as mq:
+        async with broker() as process, idemq.connect(process.url, timeout=60) as mq, AsyncExitStack() as opened:
             await mq.create_topic(TOPIC)
+            producers = {
+                name: await opened.enter_async_context(
+                    mq.producer(dedup=name == "on", batch_bytes=each * (size + records.RECORD_BYTES))
+                )
+                for name in cpu
+            }
             watch = Stopwatch(process)
-            for number in range(plan.rounds + 1):
-                # In turn, each round beginning with another, so that a drift of the machine falls on all alike.
-                names = [*cpu][number % 3 :] + [*cpu][: number % 3]
-                for name in names:
-                    async with mq.producer(dedup=name == "on", batch_bytes=each * (size + 16)) as producer:
-                        watch.start()
-                        await producer.send_many(TOPIC, values)
-                        sample = watch.stop(count)
+            for number in range(rounds + 1):
+                for name in order.sample(list(cpu), len(cpu)):
+                    watch.start()
+                    await producers[name].send_many(TOPIC, values)
+                    sample = watch.stop(count)
                     if number:
                         cpu[name].append((sample.client_us, sample.broker_us))
         label = f"{each} a batch"
         for side, index in (("client", 0), ("broker", 1)):
             for name in ("off", "on"):
                 unit = f"{side} CPU µs/message"
-                yield Row(f"dedup {name}, {label}", unit, spread(one[index] for one in cpu[name]))
+                yield Row(f"dedup {name}, {label}", unit, confidence(one[index] for one in cpu[name]))
         for name, title in (("on", "dedup on / off"), ("off again", "off / off (noise)")):
             pairs = zip(cpu[name], cpu["off"], strict=True)
-            yield Row(f"{title}, {label}", "ratio of CPU", spread(sum(one) / sum(other) for one, other in pairs))
+            yield Row(f"{title}, {label}", "ratio of CPU", confidence(sum(one) / sum(other) for one, other in pairs))
 
 
 async def raw(plan: Plan) -> Rows:
     """The same batches straight into LMDB, as many bytes in a commit as the broker had, in turn with the broker."""
     for size in plan.sizes:
         count = plan.messages(1_000_000 if size < 500 else 200_000)
-        each = BATCH_BYTES // (size + 16)
+        each = BATCH_BYTES // (size + records.RECORD_BYTES)
         value = os.urandom(size)
         values = [value] * count
         batch = values_batch([value] * each)
