@@ -270,7 +270,7 @@ class _Walk:
                 self._expect(known, where, "there is no such topic or partition")
             try:
                 row = schema.log_row(key, value)
-                header = wire.batch_header(value[schema.LOG_PREFIX_BYTES :])
+                header = wire.verified_header(value[schema.LOG_PREFIX_BYTES :])
             except (Damaged, wire.WireError) as error:
                 self._found(where, str(error))
                 before = None
@@ -335,7 +335,7 @@ class _Walk:
         ends = [*(takeover.ended_at for takeover in row.takeovers), row.last_seq]
         rising = all(a < b for a, b in pairwise(epochs)) and all(a <= b for a, b in pairwise(ends))
         self._expect(rising, where, "its takeovers do not rise")
-        numbers = [result.last_seq for result in row.results]
+        numbers = [last_seq for last_seq, _, _ in row.results]
         self._expect(all(a < b for a, b in pairwise(numbers)), where, "its results do not rise")
         self._expect(not numbers or numbers[-1] == row.last_seq, where, "its last result is not its last number")
         named = self._txn.get(row.name.encode(), db=self._tables[Table.PRODUCER_NAMES])
@@ -350,8 +350,8 @@ class _Walk:
     def _compare_results(self, row: ProducerRow, stretches: list[_Stretch]) -> None:
         """Each batch of a remembered commit stands in its result, and each position of a result holds its batch."""
         where = f"producer {row.name!r} ({row.producer_id})"
-        numbers = [result.last_seq for result in row.results]
-        wanted = {(index, *position) for index, result in enumerate(row.results) for position in result.positions}
+        numbers = [last_seq for last_seq, _, _ in row.results]
+        wanted = {(index, *one) for index, (_, _, positions) in enumerate(row.results) for one in positions}
         for one in stretches:
             index = bisect_left(numbers, one.last_seq)
             if index == len(numbers) or (index == 0 and one.last_seq < numbers[0]):
@@ -361,7 +361,7 @@ class _Walk:
             at = f"log {one.topic_id}/{one.partition} at {one.offset}"
             apart = index == 0 or one.first_seq > numbers[index - 1]
             self._expect(apart, at, f"{where} has a result that ends inside the batch")
-            told = (one.offset, one.timestamp_ms) in row.results[index].positions
+            told = (one.offset, one.timestamp_ms) in row.results[index][2]
             self._expect(told, at, f"{where} was told another position for {one.last_seq}")
             wanted.discard((index, one.offset, one.timestamp_ms))
         for index, offset, _ in sorted(wanted):
@@ -442,8 +442,8 @@ def _stretches(numbers: array[int]) -> Iterator[_Stretch]:
 
 
 def _range(results: tuple[Result, ...], index: int) -> str:
-    low = f"{results[index - 1].last_seq + 1}" if index else ""
-    return f"numbers {low}..{results[index].last_seq}"
+    low = f"{results[index - 1][0] + 1}" if index else ""
+    return f"numbers {low}..{results[index][0]}"
 
 
 def main(directory: str) -> int:

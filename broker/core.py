@@ -27,7 +27,7 @@ from idemq.client.wire import Code, Failed, TopicPartition
 
 from . import groups, producers, topics
 from .groups import ConsumerGroup, Member, OffsetKey, OffsetRow
-from .producers import ProducerRow
+from .producers import Producer, ProducerRow
 from .topics import Ends, Mark, Partition, TopicRow
 
 Row = TypeVar("Row")
@@ -122,6 +122,8 @@ class Group:
     """One group commit: writes that become durable together, and the replies that wait for them. None deletes a row."""
 
     appends: list[Stored] = field(default_factory=list)
+    changed: dict[int, Producer | None] = field(default_factory=dict)
+    """Producers as they are decided; `begin()` makes their rows."""
     producers: dict[int, ProducerRow | None] = field(default_factory=dict)
     names: dict[str, int | None] = field(default_factory=dict)
     offsets: dict[OffsetKey, OffsetRow | None] = field(default_factory=dict)
@@ -135,7 +137,7 @@ class Group:
     def writes(self) -> bool:
         """Is there anything to store?"""
         return bool(
-            self.appends or self.producers or self.offsets or self.topics or self.trims or self.counter is not None
+            self.appends or self.changed or self.offsets or self.topics or self.trims or self.counter is not None
         )
 
 
@@ -282,7 +284,7 @@ class Core:
         self._counter = rows.counter()
         self._space = rows.space()
         self._producer_count = rows.producer_count()
-        self._producers: dict[int, ProducerRow | None] = {}
+        self._producers: dict[int, Producer | None] = {}
         self._names: dict[str, int | None] = {}
         self._offsets: dict[OffsetKey, OffsetRow | None] = {}
         self._topics: dict[int, TopicRow] = {}
@@ -417,6 +419,8 @@ class Core:
         group = self._building
         if self._in_flight is not None or not (group.writes or group.replies):
             return None
+        for producer_id, producer in group.changed.items():
+            group.producers[producer_id] = None if producer is None else producer.row()
         self._building, self._in_flight = Group(), group
         return group
 
@@ -476,19 +480,25 @@ class Core:
         self._building.counter = self._counter
         return self._counter
 
-    def _producer(self, producer_id: int) -> ProducerRow | None:
+    def _producer(self, producer_id: int) -> Producer | None:
         if producer_id not in self._producers:
-            self._producers[producer_id] = self._rows.producer(producer_id)
+            row = self._rows.producer(producer_id)
+            self._producers[producer_id] = None if row is None else Producer(row, self._limits.remembered)
         return self._producers[producer_id]
+
+    def _producer_row(self, producer_id: int) -> ProducerRow | None:
+        producer = self._producer(producer_id)
+        return None if producer is None else producer.row()
 
     def _producer_named(self, name: str) -> ProducerRow | None:
         if name not in self._names:
             self._names[name] = self._rows.producer_id(name)
         producer_id = self._names[name]
-        return None if producer_id is None else self._producer(producer_id)
+        return None if producer_id is None else self._producer_row(producer_id)
 
     def _put_producer(self, row: ProducerRow) -> None:
-        self._producers[row.producer_id] = self._building.producers[row.producer_id] = row
+        producer = Producer(row, self._limits.remembered)
+        self._producers[row.producer_id] = self._building.changed[row.producer_id] = producer
 
     def _create_producer(self, row: ProducerRow) -> None:
         self._put_producer(row)
@@ -496,7 +506,7 @@ class Core:
         self._producer_count += 1
 
     def _remove_producer(self, row: ProducerRow) -> None:
-        self._producers[row.producer_id] = self._building.producers[row.producer_id] = None
+        self._producers[row.producer_id] = self._building.changed[row.producer_id] = None
         self._names[row.name] = self._building.names[row.name] = None
         self._producer_count -= 1
 
@@ -549,7 +559,7 @@ class Core:
         """Keep the caches bounded. Rows of the group being built are not committed yet and must stay."""
         excess = len(self._producers) - self._limits.rows_cached_max
         if excess > 0:
-            for key in [key for key in self._producers if key not in self._building.producers][: excess * 2]:
+            for key in [key for key in self._producers if key not in self._building.changed][: excess * 2]:
                 del self._producers[key]
         excess = len(self._names) - self._limits.rows_cached_max
         if excess > 0:
@@ -610,62 +620,57 @@ class Core:
         self, now: Now, connection: Connection, correlation: int, request: wire.Commit, payload: bytes
     ) -> wire.Committed | Failed:
         """The broker's rules of PROTOCOL.md, in their order."""
-        batches = wire.slices([append.length for append in request.appends], payload)
-        row: ProducerRow | None = None
-        fingerprint = 0
-        if request.producer_id:
+        producer_id, epoch, prev_seq, last_seq, appends, offsets, token = request
+        batches = wire.slices([append.length for append in appends], payload)
+        headers = [wire.batch_header(batch) for batch in batches]
+        producer: Producer | None = None
+        if producer_id:
             # 1
-            if request.last_seq <= request.prev_seq:
+            if last_seq <= prev_seq:
                 return Failed(Code.BAD_REQUEST, "a commit must take at least one number: last_seq > prev_seq")
             # 2
-            row = self._producer(request.producer_id)
-            if row is None:
-                return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {request.producer_id} (any more)")
+            producer = self._producer(producer_id)
+            if producer is None:
+                return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {producer_id} (any more)")
             # 3
-            fingerprint = wire.fingerprint(request, batches)
-            known = request.last_seq <= row.last_seq
-            result = producers.remembered(row, request.last_seq, fingerprint) if known else None
-            if request.epoch < row.epoch:
-                if result is not None:
-                    return wire.Committed(True, list(result.positions))
-                return producers.fenced(row, request.epoch)
-            if request.epoch > row.epoch:
-                return Failed(Code.STORE_REPLACED, f"producer {row.name!r} has not reached epoch {request.epoch}")
-            # 4
-            if connection.serial < self._serials.get(row.producer_id, 0):
-                return Failed(Code.STALE_CONNECTION, f"producer {row.name!r} has a newer connection")
-            self._serials[row.producer_id] = connection.serial
-            # 5
-            if result is not None:
-                return wire.Committed(True, list(result.positions))
+            known = last_seq <= producer.last_seq
+            positions = None
             if known:
-                return producers.conflict(row, request) or wire.Committed(True, None)
+                positions = producers.remembered(producer.row(), last_seq, wire.fingerprint(request, headers))
+            if epoch < producer.epoch:
+                if positions is not None:
+                    return wire.Committed(True, list(positions))
+                return producers.fenced(producer.row(), epoch)
+            if epoch > producer.epoch:
+                return Failed(Code.STORE_REPLACED, f"producer {producer.name!r} has not reached epoch {epoch}")
+            # 4
+            if connection.serial < self._serials.get(producer_id, 0):
+                return Failed(Code.STALE_CONNECTION, f"producer {producer.name!r} has a newer connection")
+            self._serials[producer_id] = connection.serial
+            # 5
+            if known:
+                if positions is not None:
+                    return wire.Committed(True, list(positions))
+                return producers.conflict(producer.row(), request) or wire.Committed(True, None)
             # 6
-            refusal = producers.gap(row, request)
-            if refusal is not None:
-                return refusal
+            if prev_seq != producer.last_seq:
+                return producers.gap(producer.row(), request)
         # 7
-        refusal = self._offsets_refused(request) or self._appends_refused(request, batches)
+        refusal = self._offsets_refused(request) or self._appends_refused(request, batches, headers)
         if refusal is not None:
             return refusal
         # 8
-        positions = tuple(
-            [
-                self._append(now, append.topic_id, append.partition, batch)
-                for append, batch in zip(request.appends, batches, strict=True)
-            ]
-        )
-        for entry in request.offsets:
+        positions = tuple([self._append(now, *stored) for stored in zip(headers, batches, strict=True)])
+        for entry in offsets:
             key = OffsetKey(entry.group, entry.topic_id, entry.partition)
             position = self._offset(key)
             assert position is not None, "rule 7 found it"
             moved = groups.moved(position, entry)
             if moved is not position:
                 self._put_offset(key, moved)
-        if row is not None:
-            self._put_producer(
-                producers.advanced(row, request, fingerprint, positions, now.wall_ms, self._limits.remembered)
-            )
+        if producer is not None:
+            producer.commit(last_seq, token, wire.fingerprint(request, headers), positions, now.wall_ms)
+            self._building.changed[producer_id] = producer
         return wire.Committed(False, list(positions))
 
     def _offsets_refused(self, request: wire.Commit) -> Failed | None:
@@ -687,26 +692,26 @@ class Core:
                 return Failed(Code.BAD_REQUEST, f"position {entry.end} lies beyond the partition's end")
         return None
 
-    def _appends_refused(self, request: wire.Commit, batches: Sequence[bytes]) -> Failed | None:
+    def _appends_refused(
+        self, request: wire.Commit, batches: Sequence[bytes], headers: Sequence[wire.BatchHeader]
+    ) -> Failed | None:
+        producer_id, _, prev_seq, last_seq, appends, _, _ = request
         size = 0
-        for append, batch in zip(request.appends, batches, strict=True):
-            refusal = self._lacking(append.topic_id, append.partition)
+        for (topic_id, partition, _), batch, header in zip(appends, batches, headers, strict=True):
+            refusal = self._lacking(topic_id, partition)
             if refusal is not None:
                 return refusal
-            header = wire.batch_header(batch)
-            if (header.topic_id, header.partition, header.producer_id) != (
-                append.topic_id,
-                append.partition,
-                request.producer_id,
-            ):
+            wire.verify(header, batch)
+            _, _, _, _, *made_for, first, last, _ = header
+            if made_for != [topic_id, partition, producer_id]:
                 return Failed(Code.BAD_REQUEST, "the batch was made for another topic, partition or producer")
-            if request.producer_id and not request.prev_seq < header.first_seq <= header.last_seq <= request.last_seq:
+            if producer_id and (first <= prev_seq or last > last_seq):
                 return Failed(Code.BAD_REQUEST, "the batch has numbers that the commit does not take")
-            self._partition(append.topic_id, append.partition)  # read now: damage must refuse before anything changes
+            self._partition(topic_id, partition)  # read now: damage must refuse before anything changes
             size += len(batch) + ROW_BYTES
         if size > wire.COMMIT_BYTES_MAX + len(batches) * ROW_BYTES:
             return Failed(Code.TOO_LARGE, f"a commit holds at most {wire.COMMIT_BYTES_MAX} bytes")
-        if request.appends:
+        if appends:
             building = self._building.payload_bytes
             if building + size > self._limits.group_bytes_max and building:
                 return Failed(Code.BUSY, "too much waits for the disk (group_bytes_max)")
@@ -718,13 +723,14 @@ class Core:
                 return Failed(Code.STORE_FULL, "the disk under the data directory is full")
         return None
 
-    def _append(self, now: Now, topic_id: int, index: int, batch: bytes) -> wire.Position:
+    def _append(self, now: Now, header: wire.BatchHeader, batch: bytes) -> wire.Position:
+        topic_id, index = header.topic_id, header.partition
         partition = self._partition(topic_id, index)
         offset = partition.next
         timestamp_ms = max(partition.timestamp_ms, now.wall_ms)
         self._building.appends.append(Stored(topic_id, index, offset, timestamp_ms, partition.end_position, batch))
         self._building.payload_bytes += len(batch) + ROW_BYTES
-        partition.next = offset + wire.record_count(batch)
+        partition.next = offset + header.records
         partition.end_position += len(batch)
         partition.timestamp_ms = timestamp_ms
         return wire.Position(offset, timestamp_ms)
@@ -1264,7 +1270,7 @@ class Core:
     def _delete_producer(
         self, now: Now, connection: Connection, correlation: int, request: wire.DeleteProducer, payload: bytes
     ) -> wire.Done | Failed:
-        row = self._producer(request.producer_id)
+        row = self._producer_row(request.producer_id)
         if row is None:
             if request.producer_id > self._counter:
                 return Failed(Code.UNKNOWN_PRODUCER, f"there never was a producer {request.producer_id}")
@@ -1349,7 +1355,7 @@ class Core:
         for producer_id in ids:
             try:
                 stored = self._rows.producer(producer_id)
-                row = self._producer(producer_id) if stored is not None and stored.anonymous else None
+                row = self._producer_row(producer_id) if stored is not None and stored.anonymous else None
             except Damaged as damage:
                 self._damage = f"a producer cannot be read: {damage}"
                 continue

@@ -169,7 +169,7 @@ def producer_row(key: bytes, value: bytes) -> ProducerRow:
 def _results(results: Any) -> tuple[Result, ...]:
     return tuple(
         [
-            Result(last_seq, fingerprint, tuple([Position(*position) for position in positions]))
+            (last_seq, fingerprint, tuple([Position(*position) for position in positions]))
             for last_seq, fingerprint, positions in results
         ]
     )

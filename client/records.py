@@ -116,7 +116,7 @@ def pack(
 def unpack(batch: bytes, offset: int, timestamp_ms: int, topic: str, incarnation: bytes) -> StoredBatch:
     """A stored batch, verified and decoded. Raises ChecksumMismatch; inflates to BODY_BYTES_MAX at most."""
     try:
-        header = wire.batch_header(batch)
+        header = wire.verified_header(batch)
         body: bytes | memoryview = memoryview(batch)[wire.BATCH_HEADER.size :]
         if header.codec == wire.Codec.ZLIB:
             inflater = zlib.decompressobj()

@@ -982,8 +982,8 @@ class Session:
                 tally.duplicates += count
             else:
                 tally.stored += count
-        if producer.dedup:
-            producer.last_seq = max(producer.last_seq, commit.last_seq)
+        if producer.dedup and producer.last_seq < commit.last_seq:
+            producer.last_seq = commit.last_seq
         if commit.token is not None:
             producer.token = commit.token
         found: Iterable[wire.Position | None] = positions if positions is not None else [None] * len(commit.parts)

@@ -989,11 +989,22 @@ class BatchHeader(NamedTuple):
 
 
 def batch_header(batch: bytes | memoryview) -> BatchHeader:
-    """Read and verify a batch's header and checksum. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
+    """Read a batch's header as it is, see `verify`. Raises WireError BAD_REQUEST."""
     try:
-        header = BatchHeader._make(BATCH_HEADER.unpack_from(batch))
+        return BatchHeader._make(BATCH_HEADER.unpack_from(batch))
     except StructError:
         raise WireError(Code.BAD_REQUEST, f"a batch of {len(batch)} bytes is shorter than its header") from None
+
+
+def verified_header(batch: bytes | memoryview) -> BatchHeader:
+    """Read and verify a batch's header and checksum. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
+    header = batch_header(batch)
+    verify(header, batch)
+    return header
+
+
+def verify(header: BatchHeader, batch: bytes | memoryview) -> None:
+    """Verify a batch with its header and checksum. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
     if header.format != BATCH_FORMAT:
         raise WireError(Code.BAD_REQUEST, f"batch format {header.format} is not known here")
     if crc32(memoryview(batch)[4:]) != header.checksum:
@@ -1003,7 +1014,6 @@ def batch_header(batch: bytes | memoryview) -> BatchHeader:
     if header.records < 1 or header.last_seq - header.first_seq < header.records - 1:
         text = f"a batch of {header.records} records numbered {header.first_seq} .. {header.last_seq}"
         raise WireError(Code.BAD_REQUEST, text)
-    return header
 
 
 def record_count(batch: bytes | memoryview) -> int:
@@ -1023,15 +1033,15 @@ def make_batch(
     return checksum.to_bytes(4, "big") + rest + body
 
 
-def fingerprint(commit: Commit, batches: Sequence[bytes]) -> int:
+def fingerprint(commit: Commit, headers: Sequence[BatchHeader]) -> int:
     """What tells a repeated commit from another one under the same number (PROTOCOL rule 5).
 
     Covers everything that would be stored, and neither epoch nor prev_seq, which change on a retry. A single batch says
     it all by itself: its checksum covers where it belongs and which numbers it holds.
     """
-    if len(batches) == 1 and not commit.offsets and commit.token is None:
-        return int.from_bytes(batches[0][:4], "big")
-    checksums = [batch[:4] for batch in batches]
+    if len(headers) == 1 and not commit.offsets and commit.token is None:
+        return headers[0].checksum
+    checksums = [header.checksum.to_bytes(4, "big") for header in headers]
     content: bytes = _pack((commit.last_seq, commit.appends, checksums, commit.offsets, commit.token))
     value: int = crc32(content)
     return value

@@ -19,7 +19,7 @@ from idemq.broker import check, schema, store
 from idemq.broker.core import Group, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import _TREE, Broken, Pages, Tree
-from idemq.broker.producers import ProducerRow, Result, Takeover
+from idemq.broker.producers import ProducerRow, Takeover
 from idemq.broker.schema import State, Table
 from idemq.broker.store import Reason, Store, StoreError
 from idemq.broker.topics import TopicRow
@@ -84,7 +84,7 @@ class Rows:
 
     def result(self, producer_id: int, last_seq: int, *positions: Position) -> None:
         row = self.producers[producer_id]
-        self.producers[producer_id] = row._replace(results=(*row.results, Result(last_seq, 0, positions)))
+        self.producers[producer_id] = row._replace(results=(*row.results, (last_seq, 0, positions)))
 
     def change(self, producer_id: int, **fields: Any) -> None:
         self.producers[producer_id] = self.producers[producer_id]._replace(**fields)
@@ -134,7 +134,7 @@ def _double(rows: Rows) -> None:
 
 def _interleave(rows: Rows) -> None:
     rows.put(2, 0, 3, batch(2, 0, 11, 1, 2, [0, 1]))
-    rows.change(11, last_seq=2, results=(Result(2, 0, (Position(2, TIME_MS), Position(3, TIME_MS))),))
+    rows.change(11, last_seq=2, results=((2, 0, (Position(2, TIME_MS), Position(3, TIME_MS))),))
 
 
 BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
@@ -155,15 +155,15 @@ BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
         "was told another position for 5",
     ),
     "another position": (
-        lambda rows: rows.change(10, results=(Result(7, 0, (Position(5, TIME_MS),)),)),
+        lambda rows: rows.change(10, results=((7, 0, (Position(5, TIME_MS),)),)),
         "was told another position for 7",
     ),
     "another time": (
-        lambda rows: rows.change(10, results=(Result(7, 0, (Position(4, 1),)),)),
+        lambda rows: rows.change(10, results=((7, 0, (Position(4, 1),)),)),
         "was told another position for 7",
     ),
     "a result inside a batch": (
-        lambda rows: rows.change(10, results=(Result(6, 0, ()), Result(7, 0, (Position(4, TIME_MS),)))),
+        lambda rows: rows.change(10, results=((6, 0, ()), (7, 0, (Position(4, TIME_MS),)))),
         "a result that ends inside the batch",
     ),
     "results out of order": (
@@ -236,7 +236,7 @@ def test_what_was_trimmed_is_not_missed(tmp_path: Path) -> None:
     rows = Rows()
     rows.topics[2] = rows.topics[2]._replace(floors=(0,))
     rows.put(2, 0, 0, rows.log.pop((2, 0, 3)).batch)
-    rows.change(11, results=(Result(3, 0, (Position(2, TIME_MS), Position(0, TIME_MS), Position(9, TIME_MS))),))
+    rows.change(11, results=((3, 0, (Position(2, TIME_MS), Position(0, TIME_MS), Position(9, TIME_MS))),))
     rows.write(tmp_path / "gone")
     assert len(check.walk(tmp_path / "gone").findings) == 1
     opened = Store(tmp_path / "gone")

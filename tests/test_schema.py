@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from idemq.broker import schema
 from idemq.broker.core import Damaged, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
-from idemq.broker.producers import Advance, ProducerRow, Result, Takeover
+from idemq.broker.producers import Advance, ProducerRow, Takeover
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
 from idemq.client.wire import NUMBER_MAX, Position, Settings
@@ -22,9 +22,7 @@ from idemq.client.wire import NUMBER_MAX, Position, Settings
 numbers = st.integers(0, NUMBER_MAX)
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=50)
 positions = st.builds(Position, numbers, numbers)
-results = st.builds(
-    Result, st.integers(-1, NUMBER_MAX), st.integers(0, 2**32 - 1), st.lists(positions, max_size=3).map(tuple)
-)
+results = st.tuples(st.integers(-1, NUMBER_MAX), st.integers(0, 2**32 - 1), st.lists(positions, max_size=3).map(tuple))
 producers = st.builds(
     ProducerRow,
     numbers,
@@ -74,7 +72,7 @@ topics = st.builds(
 
 ROW = ProducerRow(
     7, "näme", 9, "session", 41, b"token", "holder", "address", 1, 2, True, (Takeover(7, 5),),
-    (Result(40, 1, ()), Result(41, 2**32 - 1, (Position(5, 6), Position(7, 8)))),
+    ((40, 1, ()), (41, 2**32 - 1, (Position(5, 6), Position(7, 8)))),
 )  # fmt: skip
 POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce", 9)
 TOPIC = TopicRow(8, "topic", Settings(1, 2, None, "delete"), (3, 0), "nonce", False)
@@ -114,21 +112,20 @@ def test_topic_rows_come_back(row: TopicRow) -> None:
 def test_rows_have_their_own_types() -> None:
     key = schema.ID_KEY.pack(7)
     row = schema.producer_row(key, schema.producer_value(key, ROW))
-    assert type(row.results[1].positions[0]) is Position
+    assert type(row.results[1][2][0]) is Position
     assert type(row.takeovers[0]) is Takeover
-    advance = Advance(3, None, 2, (Result(42, 1, (Position(1, 2),)),))
+    advance = Advance(3, None, 2, ((42, 1, (Position(1, 2),)),))
     value = schema.delta_value(key, schema.State(1, 2, 3), {7: advance})
     changed = schema.changed(7, [schema.producer_value(key, ROW), *schema.delta(key, value).producers.values()])
     assert changed is not None
-    assert type(changed.results[1]) is Result
-    assert type(changed.results[1].positions[0]) is Position
+    assert type(changed.results[1][2][0]) is Position
     key = schema.ID_KEY.pack(8)
     assert type(schema.topic_row(key, schema.topic_value(key, TOPIC)).settings) is Settings
 
 
 def test_what_advances_no_row_counts_for_nothing() -> None:
     """A row is deleted in its place before the deltas that told of it are dropped."""
-    advance = Advance(3, None, 2, (Result(42, 1, ()),))
+    advance = Advance(3, None, 2, ((42, 1, ()),))
     assert schema.changed(7, [None, advance]) is None
     value = schema.producer_value(schema.ID_KEY.pack(7), ROW)
     assert schema.changed(7, [None, advance, value]) == ROW

@@ -95,7 +95,7 @@ def stored_bodies(client: Raw, partition: int = 0) -> list[bytes]:
 
 def bodies(reply: Fetched, payload: bytes) -> list[bytes]:
     batches = wire.slices([batch.length for part in reply.parts for batch in part.batches], payload)
-    assert all(wire.batch_header(batch) for batch in batches)
+    assert all(wire.verified_header(batch) for batch in batches)
     return [batch[wire.BATCH_HEADER.size :] for batch in batches]
 
 

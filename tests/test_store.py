@@ -24,7 +24,7 @@ from idemq.broker import producers, schema, store
 from idemq.broker.core import Damaged, Group, Stored, Trim
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import Pages
-from idemq.broker.producers import ProducerRow, Result, Takeover
+from idemq.broker.producers import Producer, ProducerRow, Result, Takeover
 from idemq.broker.schema import Table
 from idemq.broker.store import MemoryStore, Reason, Storage, Store, StoreBroken, StoreError, StoreFull
 from idemq.broker.topics import Ends, Mark, TopicRow
@@ -51,8 +51,9 @@ def after_commit(row: ProducerRow) -> ProducerRow:
     """With one commit more, of a producer whose last three results are remembered."""
     token = None if row.last_seq % 2 else b"token-%d" % row.last_seq
     positions = [Position(row.last_seq + 2, 7)]
-    commit = wire.Commit(row.producer_id, row.epoch, row.last_seq, row.last_seq + 1, [], [], token)
-    return producers.advanced(row, commit, row.last_seq + 5, tuple(positions), row.seen_ms + 1, 3)
+    changed = Producer(row, 3)
+    changed.commit(row.last_seq + 1, token, row.last_seq + 5, tuple(positions), row.seen_ms + 1)
+    return changed.row()
 
 
 def created(*rows: ProducerRow) -> Group:
@@ -124,7 +125,7 @@ def test_commit_counts_and_keeps_the_counter(any_store: Storage) -> None:
 
 
 def test_rows_come_back(any_store: Storage) -> None:
-    results = (Result(1, 11, ()), Result(2, 12, (Position(5, 6), Position(7, 8))))
+    results = ((1, 11, ()), (2, 12, (Position(5, 6), Position(7, 8))))
     row = producer(4, 2, "näme", results)
     key = OffsetKey("grüppe", 9, 1)
     position = OffsetRow(3, 4, "holder", None, 5, 6)

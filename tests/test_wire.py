@@ -220,7 +220,7 @@ def test_every_flipped_bit_of_a_batch_is_noticed() -> None:
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(WireError):
-            wire.batch_header(bytes(damaged))
+            wire.verified_header(bytes(damaged))
 
 
 def test_a_bomb_is_not_inflated() -> None:
@@ -240,15 +240,16 @@ def test_a_body_that_is_no_batch_is_named(body: bytes) -> None:
 
 def test_the_fingerprint_covers_content_and_not_what_a_retry_changes() -> None:
     one, two = batch([b"a"]), batch([b"b"])
+    header, other = wire.batch_header(one), wire.batch_header(two)
     commit = wire.Commit(9, 4, 9, 10, [wire.Append(3, 1, len(one))], [], b"t")
-    same = wire.fingerprint(commit, [one])
-    assert wire.fingerprint(commit._replace(epoch=5, prev_seq=3), [one]) == same
+    same = wire.fingerprint(commit, [header])
+    assert wire.fingerprint(commit._replace(epoch=5, prev_seq=3), [header]) == same
     changed = [
-        wire.fingerprint(commit, [two]),
-        wire.fingerprint(commit._replace(token=b"u"), [one]),
-        wire.fingerprint(commit._replace(last_seq=11), [one]),
-        wire.fingerprint(commit._replace(offsets=[wire.Offset("g", 3, 1, 1, 0, 1)]), [one]),
-        wire.fingerprint(commit._replace(appends=[wire.Append(4, 1, len(one))]), [one]),
+        wire.fingerprint(commit, [other]),
+        wire.fingerprint(commit._replace(token=b"u"), [header]),
+        wire.fingerprint(commit._replace(last_seq=11), [header]),
+        wire.fingerprint(commit._replace(offsets=[wire.Offset("g", 3, 1, 1, 0, 1)]), [header]),
+        wire.fingerprint(commit._replace(appends=[wire.Append(4, 1, len(one))]), [header]),
     ]
     assert same not in changed
 

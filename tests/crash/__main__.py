@@ -416,7 +416,7 @@ def flips(seed: int, count: int) -> Summary:
                 found = workload.content(Store(data))
                 for _, batches in found[4]:
                     for _, _, batch in batches:
-                        wire.batch_header(batch)  # as the client does
+                        wire.verified_header(batch)  # as the client does
             except (Damaged, StoreError, wire.WireError):
                 return None
             return found

@@ -637,7 +637,7 @@ def probe(world: World) -> None:
     elif kind == 3:
         commit(here, epoch, far, far)
     elif kind == 4 and row.last_seq >= 0:
-        last = row.last_seq if rng.random() < 0.5 or not row.results else row.results[0].last_seq - 1
+        last = row.last_seq if rng.random() < 0.5 or not row.results else row.results[0][0] - 1
         if last >= 0:
             commit(here, epoch, last - 1, last)
     elif kind == 5:

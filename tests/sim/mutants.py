@@ -34,13 +34,12 @@ CORE, SESSION = core.Core, session.Session
 
 MUTANTS = [
     # ------------------------------------------------------------------------------------------------- the broker
-    Mutant(
+    _one(
         "no dedup check",
-        (
-            (producers, "remembered", "for result in reversed(row.results):", "for result in ():"),
-            (CORE, "_commit", "known = request.last_seq <= row.last_seq", "known = False"),
-            (producers, "gap", "if commit.prev_seq == row.last_seq:", "if commit.prev_seq <= row.last_seq:"),
-        ),
+        CORE,
+        "_commit",
+        "known = last_seq <= producer.last_seq",
+        "known, prev_seq = False, max(prev_seq, producer.last_seq)",
     ),
     _one(
         "producer row not stored",
@@ -51,11 +50,11 @@ MUTANTS = [
         "                self._producers, self._producer_ids, producer_id, row)",
     ),
     _one("reply before commit", CORE, "step", "if not facts.decided:", "if True:"),
-    _one("log end not advanced", CORE, "_append", "partition.next = offset + wire.record_count(batch)", "pass"),
+    _one("log end not advanced", CORE, "_append", "partition.next = offset + header.records", "pass"),
     Mutant(
         "`put` returning False ignored",
         (
-            (CORE, "_append", "partition.next = offset + wire.record_count(batch)", "pass"),
+            (CORE, "_append", "partition.next = offset + header.records", "pass"),
             (
                 store.MemoryStore,
                 "commit",
@@ -75,7 +74,7 @@ MUTANTS = [
         "connection fence off",
         CORE,
         "_commit",
-        "if connection.serial < self._serials.get(row.producer_id, 0):",
+        "if connection.serial < self._serials.get(producer_id, 0):",
         "if False:",
     ),
     _one("open not a compare-and-swap", producers, "opening", "if request.expected_epoch != row.epoch:", "if False:"),
@@ -86,21 +85,21 @@ MUTANTS = [
         "epoch=number,\n        session=request.session,\n        holder",
         "epoch=row.epoch,\n        session=request.session,\n        holder",
     ),
-    _one("epoch not checked", CORE, "_commit", "if request.epoch < row.epoch:", "if False:"),
-    _one("sequence gap accepted", producers, "gap", "if commit.prev_seq == row.last_seq:", "if True:"),
+    _one("epoch not checked", CORE, "_commit", "if epoch < producer.epoch:", "if False:"),
+    _one("sequence gap accepted", CORE, "_commit", "if prev_seq != producer.last_seq:", "if False:"),
     _one(
         "refusals before duplicates",
         CORE,
         "_commit",
         "# 5\n",
-        "refused = self._appends_refused(request, batches)\n            if refused is not None:\n"
+        "refused = self._appends_refused(request, batches, headers)\n            if refused is not None:\n"
         "                return refused\n",
     ),
     _one(
         "fingerprint not remembered",
-        producers,
-        "advanced",
-        "(*results, Result(last_seq, fingerprint, positions))[-remember:]",
+        producers.Producer,
+        "row",
+        "(*results, *self._results)[-self._remember :]",
         "()",
     ),
     _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=12),
@@ -111,7 +110,7 @@ MUTANTS = [
         "Takeover(row.epoch, row.last_seq)",
         "Takeover(row.epoch, row.last_seq + 1)",
     ),
-    _one("token not stored", producers, "advanced", "token if commit.token is None else commit.token", "token"),
+    _one("token not stored", producers.Producer, "commit", "self.token = token", "pass"),
     _one(
         "purge told before it is durable",
         CORE,
@@ -315,7 +314,13 @@ MUTANTS = [
         "commit.sent, commit.refusal = False, None\n",
         "commit.sent, commit.refusal = commit is not head, None\n",
     ),
-    _one("last_seq goes back", SESSION, "_stored", "max(producer.last_seq, commit.last_seq)", "commit.last_seq - 1"),
+    _one(
+        "last_seq goes back",
+        SESSION,
+        "_stored",
+        "producer.last_seq = commit.last_seq",
+        "producer.last_seq = commit.last_seq - 1",
+    ),
     _one(
         "open ignores last_seq", SESSION, "_open", "producer.highest = max(producer.highest, answer.last_seq)", "pass"
     ),
