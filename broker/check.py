@@ -132,9 +132,10 @@ def _events(directory: Path, report: Report) -> Iterator[tuple[int, int]]:
             with snapshot.tables() as (txn, tables):
                 yield from _Walk(txn, tables, report, snapshot.data_file.stat().st_size).run()
         except StoreError as error:
-            if error.code != Reason.STORE_DAMAGED:
+            if error.code == Reason.STORE_DAMAGED:
+                report.findings.append(Finding("file", error.text))
+            elif error.code != Reason.STORE_UNREADABLE or not report.findings:  # else: what was found keeps it closed
                 raise
-            report.findings.append(Finding("file", error.text))
 
 
 class _Walk:

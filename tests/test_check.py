@@ -413,6 +413,14 @@ def test_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_a_file_that_is_cut_off_near_its_start_is_a_finding(tmp_path: Path, size: int) -> None:
+    """LMDB says of an empty one that its descriptor is bad."""
+    Rows().write(tmp_path)
+    os.truncate(tmp_path / store.STORE_FOLDER / "data.mdb", size)
+    assert "bytes" in check.walk(tmp_path).findings[0].text
+
+
 def test_a_copy_without_its_lock_can_be_checked(tmp_path: Path) -> None:
     Rows().write(tmp_path / "data")
     (tmp_path / "data" / store.LOCK_FILE).unlink()
