@@ -11,6 +11,7 @@ The rules of a group's positions:
 - A transaction begins where those under way end (`planned`), so that several follow each other, and none is stored
   behind one that is not. Whatever ends badly, or nobody knows how, is taken back; the broker compares positions, so
   that what was stored after all is stored once. Whoever learns where the position is goes on there.
+- What an open block is about (`opened`) is passed by no transaction: it was handed out, and is not done with.
 - A plain commit is forward only. It moves what may be moved, and says of the rest why not.
 - Under another lease nothing of this one moves: a seek begins anew. The user goes on having the partition; that it
   comes and goes he is told by turns.
@@ -70,7 +71,18 @@ class Reading:
 class Leased(Delivery):
     """One partition under one lease, and what of it was handed out since its messages were last taken back."""
 
-    __slots__ = ("committed", "metadata", "pending", "planned", "positions", "reading", "state", "tenure", "turns")
+    __slots__ = (
+        "committed",
+        "metadata",
+        "open",
+        "pending",
+        "planned",
+        "positions",
+        "reading",
+        "state",
+        "tenure",
+        "turns",
+    )
 
     def __init__(self, positions: Positions, lease: wire.Lease, topic: str) -> None:
         super().__init__(lease.lease, lease.next, lease.attempts, lease.suspects_end)
@@ -83,6 +95,8 @@ class Leased(Delivery):
         """The stored position, as far as is known."""
         self.planned = lease.next
         """Where it will be once the transactions under way are stored."""
+        self.open: set[Move] = set()
+        """Of transactions whose block has not ended."""
         self.pending = 0
         """Transactions and commits under way."""
         self.state: Literal["held", "releasing", "gone", "stale"] = "held"
@@ -163,6 +177,18 @@ def _pieces(what: object) -> Iterable[Piece]:
 # ------------------------------------------------------------------------------------------------- in a transaction
 
 
+def opened(moved: Iterable[Move]) -> None:
+    """The block of a transaction that moves these is under way; `closed` when it ends, before `plan`."""
+    for move in moved:
+        move.leased.open.add(move)
+
+
+def closed(moved: Iterable[Move]) -> None:
+    """The block has ended."""
+    for move in moved:
+        move.leased.open.discard(move)
+
+
 def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
     """The entries with which a transaction moves these positions, with metadata. Raises OffsetConflict, LeaseLost.
 
@@ -176,6 +202,8 @@ def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
             raise refused[leased]
         if move.first < leased.planned:
             raise _conflict(move, "was committed before")
+        if any(leased.planned <= other.first < move.first for other in leased.open):
+            raise _conflict(move, "follows others whose transaction has not ended")
         entries.append(leased.entry(leased.planned, move.end, metadata))
     for move, _ in moved:
         move.leased.planned = move.end
@@ -421,8 +449,6 @@ def _names(error: BaseException, leased: Leased) -> bool:
     """Is this error about this group's position in this partition?"""
     if not isinstance(error, IdemqError):
         return False
-    where, details = (
-        _where(leased),
-        {"lease": leased.lease, **error.details},
-    )  # the broker is asked about one lease only
+    where = _where(leased)
+    details = {"lease": leased.lease, **error.details}  # the broker names none: it is asked about one only
     return {name: details.get(name) for name in where} == where

@@ -11,7 +11,7 @@ from typing import Literal
 
 from .engine import EngineProducer
 from .errors import ClientClosed, InvalidRequest, TransactionTooLarge, Unsupported
-from .positions import Move, aborted, moves, plan, rewind, stored
+from .positions import Move, aborted, closed, moves, opened, plan, rewind, stored
 from .records import RECORD_BYTES, Headers, Message, Receipt, Record, check_record
 from .session import TRANSACTION_BYTES_MAX
 from .wire import TOKEN_BYTES_MAX
@@ -83,7 +83,8 @@ class Transaction:
     """Use it as `async with producer.transaction() as tx`. Any exception in the block: nothing is stored.
 
     With a batch, its messages are done with when, and only when, the transaction is stored; otherwise they are handed
-    out again. LeaseLost and OffsetConflict mean that nothing was stored: go on with the next batch.
+    out again. LeaseLost and OffsetConflict mean that nothing was stored: go on with the next batch. Of several open at
+    once those of a partition end in the order of their messages: one that would pass another is refused.
 
     After the block `receipts` holds one Receipt for each `send`, in order.
     """
@@ -133,6 +134,10 @@ class Transaction:
         if metadata is not None and (type(metadata) is not bytes or len(metadata) > TOKEN_BYTES_MAX):
             raise InvalidRequest(f"metadata is bytes, at most {TOKEN_BYTES_MAX}")
         self._buffer.move(batch, metadata)
+        self._opened()
+
+    def _opened(self) -> None:
+        opened(self._buffer.moved)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -142,12 +147,14 @@ class Transaction:
         if self._state != "new":
             raise InvalidRequest("a transaction is used once: make a new one")
         self._state = "open"
+        self._opened()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "ended"
+        closed(self._buffer.moved)
         if error is not None:
             rewind(self._buffer.moved, error)
             return
@@ -165,6 +172,9 @@ class HandlerTransaction(Transaction):
     def __init__(self) -> None:
         super().__init__(None, None, 0.0)
         self._state = "open"
+
+    def _opened(self) -> None:
+        """What handlers have in hand is known to whoever calls them."""
 
     def end(self) -> Buffer:
         """Nothing more is taken. Returns what it holds."""

@@ -13,6 +13,7 @@ from idemq.client import wire
 from idemq.client.cli.dlq import _facts
 from idemq.client.cli.output import moment
 from idemq.client.dead_letters import PARKED, DeadLetters, Place
+from idemq.client.transaction import HandlerTransaction
 
 from .support import broker, eventually, log, messages, nothing_left, run
 from .test_subscription import positions, take, values, world
@@ -455,3 +456,31 @@ async def test_where_an_earlier_lease_was_does_not_pass_what_was_sought_since() 
             async with producer.transaction([*await take(sub, 2), *stale]):
                 pass
         assert values(await take(sub, 2)) == [0, 1]
+
+
+@run
+async def test_of_two_open_transactions_the_later_batch_does_not_pass_the_other() -> None:
+    async with world(messages=4) as (_, mq), mq.producer() as producer, mq.subscribe("t", group="g") as sub:
+        first, second = await take(sub, 2), await take(sub, 2)
+        slow = await producer.transaction().__aenter__()
+        slow.commit_offsets(first)
+        with pytest.raises(idemq.OffsetConflict, match="has not ended"):
+            async with producer.transaction(second) as quick:
+                quick.send("u", b"before its turn")
+        with pytest.raises(idemq.OffsetConflict, match="handed out again"):
+            await slow.__aexit__(None, None, None)
+        assert values(await take(sub, 4)) == [0, 1, 2, 3]
+        assert await positions(mq) == {("t", 0): 0}
+
+
+@run
+async def test_of_a_block_that_has_ended_nothing_is_kept() -> None:
+    async with world(messages=4) as (_, mq), mq.producer() as producer, mq.subscribe("t", group="g") as sub:
+        for batch in (await take(sub, 2), await take(sub, 2)):
+            [lease] = {message[0].delivery for message in batch}
+            async with producer.transaction(batch) as tx:
+                tx.commit_offsets(batch)
+                assert len(lease.open) == 1
+            assert lease.open == set()
+        HandlerTransaction().commit_offsets(batch)
+        assert lease.open == set(), "whoever calls a handler knows what is in its hands"

@@ -30,7 +30,7 @@ from idemq.client.errors import (
     from_refusal,
 )
 from idemq.client.membership import Changes
-from idemq.client.positions import Commit, Leased, Move, Positions, aborted, moves, plan, rewind, stored
+from idemq.client.positions import Commit, Leased, Move, Positions, aborted, closed, moves, opened, plan, rewind, stored
 from idemq.client.source import Batch
 from idemq.client.wire import TopicPartition
 
@@ -123,6 +123,22 @@ def test_transactions_under_way_follow_each_other_and_what_is_behind_one_that_fa
     aborted([second])
     rewind([second], refusal_of("OFFSET_CONFLICT", leased, 2))
     assert member.now().reading.position == 2
+
+
+def test_what_an_open_block_is_about_is_passed_by_no_transaction() -> None:
+    member = Member()
+    leased = member.grant(handed=6)
+    begin(Move(leased, 0, 1))
+    first, same, behind = Move(leased, 1, 2), Move(leased, 1, 3), Move(leased, 3, 6)
+    for _ in range(2):  # it may be said again
+        opened([first, behind])
+    with pytest.raises(OffsetConflict, match=r"message 3 .* follows others whose transaction has not ended"):
+        begin(behind)
+    assert (leased.planned, leased.pending) == (1, 1)
+    closed([first])
+    assert begin(same) == [wire.Offset("g", 7, 0, 1, 1, 3)], "what is behind it holds up nothing"
+    assert begin(behind) == [wire.Offset("g", 7, 0, 1, 3, 6)], "nor does it hold up itself"
+    closed([behind])
 
 
 def test_of_positions_that_move_together_all_are_planned_or_none() -> None:
