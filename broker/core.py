@@ -651,7 +651,12 @@ class Core:
             if known:
                 if positions is not None:
                     return wire.Committed(True, list(positions))
-                return producers.conflict(producer.row(), request) or wire.Committed(True, None)
+                conflict = producers.conflict(producer.row(), request)
+                if conflict is None:
+                    return wire.Committed(True, None)
+                for header, batch in zip(headers, batches, strict=True):
+                    wire.verify(header, batch)  # a copy whose checksum was damaged on the way looks like another commit
+                return conflict
             # 6
             if prev_seq != producer.last_seq:
                 return producers.gap(producer.row(), request)

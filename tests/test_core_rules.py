@@ -148,6 +148,20 @@ def test_rule_5_what_is_older_than_the_remembered_results_is_a_duplicate_without
     assert broker.ask(connection, *other).code == Code.SEQUENCE_CONFLICT, "remembered, and not the same"
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rule_5_a_repetition_that_was_damaged_on_the_way_is_no_conflict(parts: int) -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection, partitions=2)
+    producer = broker.open(connection)
+    request, payload = commit(producer, -1, parts - 1, *[(topic_id, index, index) for index in range(parts)])
+    assert not broker.ask(connection, request, payload).duplicate
+    damaged = bytes([payload[0] ^ 1]) + payload[1:]
+    # A definite refusal would tell the client that it is not stored (C5).
+    assert broker.ask(connection, request, damaged).code == Code.CHECKSUM_MISMATCH
+    assert broker.ask(connection, request, payload).duplicate
+
+
 def test_only_who_knows_the_epoch_deletes_a_producer() -> None:
     broker = CoreBroker()
     connection = broker.connect()
