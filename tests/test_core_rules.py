@@ -162,6 +162,104 @@ def test_rule_5_a_repetition_that_was_damaged_on_the_way_is_no_conflict(parts: i
     assert broker.ask(connection, request, payload).duplicate
 
 
+def test_rule_3_an_epoch_that_is_over_still_gets_its_results_and_one_that_never_was_is_another_stores() -> None:
+    broker = CoreBroker()
+    connection, newer = broker.connect(), broker.connect()
+    topic_id = broker.topic(connection)
+    first = broker.open(connection)
+    one = commit(first, -1, 0, (topic_id, 0, 0))
+    stored = broker.ask(connection, *one).positions
+    second = broker.open(connection, expected_epoch=first.epoch)
+    assert broker.ask(newer, *commit(second, 0, 1)) == Committed(False, [])
+    # Before rule 4, and without a trace of it.
+    assert broker.ask(connection, *one) == Committed(True, stored)
+    assert broker.ask(broker.connect(), *commit(first, 1, 2)).code == Code.PRODUCER_FENCED
+    assert broker.ask(newer, *commit(second, 1, 2)) == Committed(False, [])
+    ahead = second._replace(epoch=second.epoch + 1)
+    assert broker.ask(newer, *commit(ahead, 2, 3)).code == Code.STORE_REPLACED
+
+
+@pytest.mark.parametrize("numbers", [(-1, 0), (5, 6)])
+def test_rule_4_a_refusal_and_a_duplicate_leave_the_serial(numbers: tuple[int, int]) -> None:
+    broker = CoreBroker()
+    old, new = broker.connect(), broker.connect()
+    producer = broker.open(old)
+    assert broker.ask(old, *commit(producer, -1, 0)) == Committed(False, [])
+    broker.ask(new, *commit(producer, *numbers))
+    assert broker.ask(old, *commit(producer, 0, 1)).code == Code.STALE_CONNECTION
+
+
+@pytest.mark.parametrize("prev_seq", [-1, 1])
+def test_rule_6_a_commit_follows_the_last_one(prev_seq: int) -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    producer = broker.open(connection)
+    assert broker.ask(connection, *commit(producer, -1, 0)) == Committed(False, [])
+    refused = broker.ask(connection, *commit(producer, prev_seq, 2))
+    assert (refused.code, refused.details) == (Code.SEQUENCE_GAP, {"expected": 0})
+
+
+@pytest.mark.parametrize("field", ["topic_id", "partition", "producer_id"])
+def test_rule_7_a_batch_is_stored_only_where_and_for_whom_it_was_made(field: str) -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    topics = [broker.topic(connection, name, partitions=2) for name in ("t", "u")]
+    producer, other = broker.open(connection), broker.open(connection, "q")
+    request, payload = commit(producer, -1, 0, (topics[0], 0, 0))
+    [append] = request.appends
+    if field == "producer_id":
+        request = request._replace(producer_id=other.producer_id, epoch=other.epoch)
+    else:
+        elsewhere = {"topic_id": topics[1]} if field == "topic_id" else {"partition": 1}
+        request = request._replace(appends=[append._replace(**elsewhere)])
+    refused = broker.ask(connection, request, payload)
+    assert (refused.code, refused.text) == (
+        Code.BAD_REQUEST,
+        "the batch was made for another topic, partition or producer",
+    )
+
+
+def test_what_is_decided_in_one_group_is_known_to_whatever_follows_in_it() -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection)
+    first = broker.open(connection)
+    one = commit(first, -1, 0, (topic_id, 0, 0))
+    requests = [
+        (one[0]._replace(token=b"mine"), one[1]),
+        (one[0]._replace(token=b"mine"), one[1]),
+        commit(first, -1, 0),
+        commit(first, 0, 1),  # says nothing of the token
+        commit(first, 5, 6),
+        commit(first, 1, 2),
+        (wire.Open("p", "another", first.epoch, False), b""),
+        commit(first, 2, 3),
+    ]
+    for request in requests:
+        assert broker.step(connection, *request) is None
+    stored, again, conflict, _, gap, _, opened, fenced = broker.make_durable(broker.begin())
+    assert again == Committed(True, stored.positions)
+    assert conflict.code == Code.SEQUENCE_CONFLICT
+    assert gap.details == {"expected": 1}
+    assert (opened.last_seq, opened.token) == (2, b"mine")
+    assert fenced.details["ended_at"] == 2
+
+
+def test_a_producer_that_was_forgotten_has_the_token_that_it_had() -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    producer = broker.open(connection)
+    request, payload = commit(producer, -1, 0)
+    assert broker.ask(connection, request._replace(token=b"mine"), payload) == Committed(False, [])
+    broker = CoreBroker(broker.store)
+    connection = broker.connect()
+    for number in range(2):
+        assert broker.ask(connection, *commit(producer, number, number + 1)) == Committed(False, [])
+    row = broker.store.producer(producer.producer_id)
+    assert row is not None
+    assert (row.last_seq, row.token, [last_seq for last_seq, _, _ in row.results]) == (2, b"mine", [0, 1, 2])
+
+
 def test_only_who_knows_the_epoch_deletes_a_producer() -> None:
     broker = CoreBroker()
     connection = broker.connect()
