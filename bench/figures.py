@@ -33,7 +33,7 @@ class Plan:
     sizes: tuple[int, ...]
     rounds: int
     scale: float
-    """1 for the real thing; `--quick` takes a small part of the messages."""
+    """1 for the real thing; `--quick` takes a small part of the messages, or of `dedup`'s blocks."""
 
     def messages(self, full: int) -> int:
         """A part of the full number."""
@@ -169,7 +169,7 @@ async def dedup(plan: Plan) -> Rows:
     In short blocks, one after the other: what else happens on the machine then falls on all alike.
     """
     size = plan.sizes[0]
-    rounds = max(3, int(DEDUP_BLOCKS * plan.rounds * plan.scale))
+    rounds = max(6, int(DEDUP_BLOCKS * plan.rounds * plan.scale))  # with fewer no two values enclose 95 %
     order = random.Random(1)
     for each, count in ((1, 300), (10, 1_500), (100, 5_000), (1000, 30_000)):
         values = [os.urandom(size)] * count

@@ -27,7 +27,7 @@ FSYNCS = 50
 
 
 class Spread(NamedTuple):
-    """A figure over several rounds."""
+    """The median of several values, and two around it: the extremes (`spread`), or what `confidence` says."""
 
     median: float
     low: float
@@ -46,7 +46,8 @@ def confidence(values: Iterable[float]) -> Spread:
     By rank, so that it asks nothing of how the values are distributed.
     """
     found = sorted(values)
-    rank = max(0, int(len(found) / 2 - 0.98 * math.sqrt(len(found))))
+    # How many values lie below the median of all has n / 2 for its mean and half of √n for its standard deviation.
+    rank = max(0, int((len(found) - 1) / 2 - 1.96 / 2 * math.sqrt(len(found))))
     return Spread(statistics.median(found), found[rank], found[-1 - rank])
 
 

@@ -707,10 +707,9 @@ class Core:
             if refusal is not None:
                 return refusal
             wire.verify(header, batch)
-            _, _, _, _, *made_for, first, last, _ = header
-            if made_for != [topic_id, partition, producer_id]:
+            if (header.topic_id, header.partition, header.producer_id) != (topic_id, partition, producer_id):
                 return Failed(Code.BAD_REQUEST, "the batch was made for another topic, partition or producer")
-            if producer_id and (first <= prev_seq or last > last_seq):
+            if producer_id and (header.first_seq <= prev_seq or header.last_seq > last_seq):
                 return Failed(Code.BAD_REQUEST, "the batch has numbers that the commit does not take")
             self._partition(topic_id, partition)  # read now: damage must refuse before anything changes
             size += len(batch) + ROW_BYTES

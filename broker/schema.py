@@ -28,8 +28,8 @@ The rows of positions that format 1 left stay as they are until they change: the
 
 To change the format:
  1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover,
-    Position, Advance, State) or a batch's fixed header raises FORMAT_VERSION by one. tests/test_schema.py holds the
-    bytes still.
+    Position, Advance, State), a batch's fixed header or `wire.fingerprint` raises FORMAT_VERSION by one.
+    tests/test_schema.py holds the bytes still.
  2. `store.py` upgrades the version before in ONE transaction at start, before anything is served; a store of a later
     version is refused. The "format" row keeps its place and shape for ever.
  3. A data directory made by the version before stays in tests/data/format-N/, and a test opens it.

@@ -989,7 +989,7 @@ class BatchHeader(NamedTuple):
 
 
 def batch_header(batch: bytes | memoryview) -> BatchHeader:
-    """Read a batch's header as it is, see `verify`. Raises WireError BAD_REQUEST."""
+    """A batch's header, not verified: nothing may be stored by it before `verify`. Raises WireError BAD_REQUEST."""
     try:
         return BatchHeader._make(BATCH_HEADER.unpack_from(batch))
     except StructError:
@@ -997,14 +997,14 @@ def batch_header(batch: bytes | memoryview) -> BatchHeader:
 
 
 def verified_header(batch: bytes | memoryview) -> BatchHeader:
-    """Read and verify a batch's header and checksum. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
+    """The same, verified. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
     header = batch_header(batch)
     verify(header, batch)
     return header
 
 
 def verify(header: BatchHeader, batch: bytes | memoryview) -> None:
-    """Verify a batch with its header and checksum. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
+    """Refuse a batch that its header or checksum does not fit. Raises WireError CHECKSUM_MISMATCH or BAD_REQUEST."""
     if header.format != BATCH_FORMAT:
         raise WireError(Code.BAD_REQUEST, f"batch format {header.format} is not known here")
     if crc32(memoryview(batch)[4:]) != header.checksum:
@@ -1034,10 +1034,11 @@ def make_batch(
 
 
 def fingerprint(commit: Commit, headers: Sequence[BatchHeader]) -> int:
-    """What tells a repeated commit from another one under the same number (PROTOCOL rule 5).
+    """What tells a repeated commit from another one with the same `last_seq` (PROTOCOL rule 5).
 
-    Covers everything that would be stored, and neither epoch nor prev_seq, which change on a retry. A single batch says
-    it all by itself: its checksum covers where it belongs and which numbers it holds.
+    Covers everything else that would be stored, and neither epoch nor prev_seq, which change on a retry. A single batch
+    says it all by itself: its checksum covers where it belongs and which numbers it holds. The value is stored: another
+    formula is another format (`broker/schema.py`).
     """
     if len(headers) == 1 and not commit.offsets and commit.token is None:
         return headers[0].checksum
