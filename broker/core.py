@@ -665,7 +665,7 @@ class Core:
         if refusal is not None:
             return refusal
         # 8
-        positions = tuple([self._append(now, *stored) for stored in zip(headers, batches, strict=True)])
+        positions = tuple([self._append(now, header, batch) for header, batch in zip(headers, batches, strict=True)])
         for entry in offsets:
             key = OffsetKey(entry.group, entry.topic_id, entry.partition)
             position = self._offset(key)

@@ -60,7 +60,7 @@ class Advance(NamedTuple):
 class Producer:
     """A producer as it is decided. A commit changes it in place; its row is made once for all commits of a group."""
 
-    __slots__ = ("_remember", "_results", "_row", "epoch", "last_seq", "name", "seen_ms", "token")
+    __slots__ = ("_remember", "_results", "_row", "_seen_ms", "_token", "epoch", "last_seq", "name")
 
     def __init__(self, row: ProducerRow, remember: int) -> None:
         """The last `remember` results stay."""
@@ -71,8 +71,8 @@ class Producer:
         self.name = row.name
         self.epoch = row.epoch
         self.last_seq = row.last_seq
-        self.token = row.token
-        self.seen_ms = row.seen_ms
+        self._token = row.token
+        self._seen_ms = row.seen_ms
 
     def commit(
         self, last_seq: int, token: bytes | None, fingerprint: int, positions: tuple[Position, ...], now_ms: int
@@ -80,8 +80,8 @@ class Producer:
         """Rule 8: a commit is applied."""
         self.last_seq = last_seq
         if token is not None:
-            self.token = token
-        self.seen_ms = now_ms
+            self._token = token
+        self._seen_ms = now_ms
         self._results.append((last_seq, fingerprint, positions))
 
     def row(self) -> ProducerRow:
@@ -95,11 +95,11 @@ class Producer:
                 epoch,
                 session,
                 self.last_seq,
-                self.token,
+                self._token,
                 holder,
                 address,
                 opened_ms,
-                self.seen_ms,
+                self._seen_ms,
                 anonymous,
                 takeovers,
                 (*results, *self._results)[-self._remember :],
@@ -145,12 +145,9 @@ def opening(
     )
 
 
-def remembered(row: ProducerRow, commit_seq: int, commit_fingerprint: int) -> tuple[Position, ...] | None:
+def remembered(row: ProducerRow, last_seq: int, fingerprint: int) -> tuple[Position, ...] | None:
     """What exactly this commit was answered, if it is among the last K."""
-    for last_seq, fingerprint, positions in row.results:
-        if (last_seq, fingerprint) == (commit_seq, commit_fingerprint):
-            return positions
-    return None
+    return next((positions for *commit, positions in row.results if commit == [last_seq, fingerprint]), None)
 
 
 def fenced(row: ProducerRow, epoch: int) -> Failed:

@@ -201,12 +201,9 @@ class GroupConsumer:
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
 
-    async def store_attempts(
-        self, leased: Leased, offset: int, attempts: int, timeout: float, begins: bool = False
-    ) -> None:
-        """Store how often the head of a partition was tried in vain, and that one more attempt begins, or that none is
-        under way. Raises LeaseLost."""
-        await self._engine.commit_offsets([leased.attempt_entry(offset, attempts, begins)], timeout)
+    async def store_attempts(self, leased: Leased, offset: int, attempts: int, begins: bool) -> None:
+        """Store `Leased.attempt_entry`. Raises LeaseLost."""
+        await self._engine.commit_offsets([leased.attempt_entry(offset, attempts, begins)], inf)
 
     async def seek(self, leased: Leased, to: int) -> None:
         """Set the position of a partition that is held; transactions under way there are not stored."""

@@ -392,7 +392,7 @@ class Handling:
         """So many attempts have failed, and none is under way; or one more begins: it counts if the worker does not
         survive it. Raises LeaseLost."""
         with self._storage():
-            await self._group.store_attempts(leased_of(message), message.offset, attempts, inf, begins)
+            await self._group.store_attempts(leased_of(message), message.offset, attempts, begins)
 
     def _judge(self, message: Message, error: Exception, attempts: int) -> Judged:
         """What becomes of a message that failed for the `attempts`-th time, those before it was parked not counted."""

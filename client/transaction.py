@@ -134,10 +134,8 @@ class Transaction:
         if metadata is not None and (type(metadata) is not bytes or len(metadata) > TOKEN_BYTES_MAX):
             raise InvalidRequest(f"metadata is bytes, at most {TOKEN_BYTES_MAX}")
         self._buffer.move(batch, metadata)
-        self._opened()
-
-    def _opened(self) -> None:
-        opened(self._buffer.moved)
+        if self._producer is not None:  # what is in a handler's hands is known to whoever calls it
+            opened(self._buffer.moved)
 
     def _check_open(self) -> None:
         if self._state != "open":
@@ -147,7 +145,7 @@ class Transaction:
         if self._state != "new":
             raise InvalidRequest("a transaction is used once: make a new one")
         self._state = "open"
-        self._opened()
+        opened(self._buffer.moved)
         return self
 
     async def __aexit__(
@@ -172,9 +170,6 @@ class HandlerTransaction(Transaction):
     def __init__(self) -> None:
         super().__init__(None, None, 0.0)
         self._state = "open"
-
-    def _opened(self) -> None:
-        """What handlers have in hand is known to whoever calls them."""
 
     def end(self) -> Buffer:
         """Nothing more is taken. Returns what it holds."""

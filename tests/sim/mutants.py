@@ -110,7 +110,7 @@ MUTANTS = [
         "Takeover(row.epoch, row.last_seq)",
         "Takeover(row.epoch, row.last_seq + 1)",
     ),
-    _one("token not stored", producers.Producer, "commit", "self.token = token", "pass"),
+    _one("token not stored", producers.Producer, "commit", "self._token = token", "pass"),
     _one(
         "purge told before it is durable",
         CORE,
