@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import comb
 
 import pytest
 
 from idemq.bench import groups, main
 from idemq.bench.command import FIGURES
+from idemq.bench.measure import confidence
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -24,6 +26,14 @@ def test_each_figure_is_measured(
     for row in document["figures"]:
         assert row["low"] <= row["median"] <= row["high"], row
         assert row["low"] > 0 or (row["unit"] == "messages" and row["low"] == 0), row  # a lag may be nothing
+
+
+@pytest.mark.parametrize("count", [6, 7, 20, 100, 500, 1000])
+def test_the_median_lies_where_it_is_said_to_95_percent(count: int) -> None:
+    """Exactly: it lies lower when `low` or fewer of so many throws of a coin fall below it, and higher alike."""
+    _, low, high = confidence(range(count))
+    assert low + high == count - 1
+    assert 2 * sum(comb(count, below) for below in range(int(low) + 1)) / 2**count <= 0.05
 
 
 def test_the_head_names_what_bounds_most_figures(capsys: pytest.CaptureFixture[str]) -> None:
