@@ -24,7 +24,7 @@ from idemq.client import records, wire
 from . import schema
 from .core import Damaged
 from .pages import Broken, Pages
-from .producers import ProducerRow, Result
+from .producers import ProducerRow, Result, positions
 from .schema import State, Table
 from .store import Reason, Snapshot, StoreError
 from .topics import TopicRow
@@ -336,7 +336,7 @@ class _Walk:
         ends = [*(takeover.ended_at for takeover in row.takeovers), row.last_seq]
         rising = all(a < b for a, b in pairwise(epochs)) and all(a <= b for a, b in pairwise(ends))
         self._expect(rising, where, "its takeovers do not rise")
-        numbers = [last_seq for last_seq, _, _ in row.results]
+        numbers = [result[0] for result in row.results]
         self._expect(all(a < b for a, b in pairwise(numbers)), where, "its results do not rise")
         self._expect(not numbers or numbers[-1] == row.last_seq, where, "its last result is not its last number")
         named = self._txn.get(row.name.encode(), db=self._tables[Table.PRODUCER_NAMES])
@@ -351,8 +351,9 @@ class _Walk:
     def _compare_results(self, row: ProducerRow, stretches: list[_Stretch]) -> None:
         """Each batch of a remembered commit stands in its result, and each position of a result holds its batch."""
         where = f"producer {row.name!r} ({row.producer_id})"
-        numbers = [last_seq for last_seq, _, _ in row.results]
-        wanted = {(index, *one) for index, (_, _, positions) in enumerate(row.results) for one in positions}
+        numbers = [result[0] for result in row.results]
+        places = list(map(positions, row.results))
+        wanted = {(index, *one) for index, found in enumerate(places) for one in found}
         for one in stretches:
             index = bisect_left(numbers, one.last_seq)
             if index == len(numbers) or (index == 0 and one.last_seq < numbers[0]):
@@ -362,7 +363,7 @@ class _Walk:
             at = f"log {one.topic_id}/{one.partition} at {one.offset}"
             apart = index == 0 or one.first_seq > numbers[index - 1]
             self._expect(apart, at, f"{where} has a result that ends inside the batch")
-            told = (one.offset, one.timestamp_ms) in row.results[index][2]
+            told = (one.offset, one.timestamp_ms) in places[index]
             self._expect(told, at, f"{where} was told another position for {one.last_seq}")
             wanted.discard((index, one.offset, one.timestamp_ms))
         for index, offset, _ in sorted(wanted):

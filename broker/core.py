@@ -27,7 +27,7 @@ from idemq.client.wire import Code, Failed, TopicPartition
 
 from . import groups, producers, topics
 from .groups import ConsumerGroup, Member, OffsetKey, OffsetRow
-from .producers import Producer, ProducerRow
+from .producers import Advance, Producer, ProducerRow
 from .topics import Ends, Mark, Partition, TopicRow
 
 Row = TypeVar("Row")
@@ -123,8 +123,8 @@ class Group:
 
     appends: list[Stored] = field(default_factory=list)
     changed: dict[int, Producer | None] = field(default_factory=dict)
-    """Producers as they are decided; `begin()` makes their rows."""
-    producers: dict[int, ProducerRow | None] = field(default_factory=dict)
+    """Producers as they are decided; `begin()` asks each what is to be stored of it."""
+    producers: dict[int, ProducerRow | Advance | None] = field(default_factory=dict)
     names: dict[str, int | None] = field(default_factory=dict)
     offsets: dict[OffsetKey, OffsetRow | None] = field(default_factory=dict)
     topics: dict[int, TopicRow | None] = field(default_factory=dict)
@@ -420,7 +420,7 @@ class Core:
         if self._in_flight is not None or not (group.writes or group.replies):
             return None
         for producer_id, producer in group.changed.items():
-            group.producers[producer_id] = None if producer is None else producer.row()
+            group.producers[producer_id] = None if producer is None else producer.tell()
         self._building, self._in_flight = Group(), group
         return group
 
@@ -483,7 +483,7 @@ class Core:
     def _producer(self, producer_id: int) -> Producer | None:
         if producer_id not in self._producers:
             row = self._rows.producer(producer_id)
-            self._producers[producer_id] = None if row is None else Producer(row, self._limits.remembered)
+            self._producers[producer_id] = None if row is None else Producer(row, self._limits.remembered, stored=True)
         return self._producers[producer_id]
 
     def _producer_row(self, producer_id: int) -> ProducerRow | None:
@@ -497,7 +497,7 @@ class Core:
         return None if producer_id is None else self._producer_row(producer_id)
 
     def _put_producer(self, row: ProducerRow) -> None:
-        producer = Producer(row, self._limits.remembered)
+        producer = Producer(row, self._limits.remembered, stored=False)
         self._producers[row.producer_id] = self._building.changed[row.producer_id] = producer
 
     def _create_producer(self, row: ProducerRow) -> None:
@@ -624,34 +624,39 @@ class Core:
         batches = wire.slices([append.length for append in appends], payload)
         headers = [wire.batch_header(batch) for batch in batches]
         producer: Producer | None = None
+        fingerprint = 0
         if producer_id:
             # 1
             if last_seq <= prev_seq:
                 return Failed(Code.BAD_REQUEST, "a commit must take at least one number: last_seq > prev_seq")
             # 2
-            producer = self._producer(producer_id)
+            producer = self._producers.get(producer_id) or self._producer(producer_id)  # a call less, mostly
             if producer is None:
                 return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {producer_id} (any more)")
             # 3
+            if len(headers) == 1 and not offsets and token is None:
+                fingerprint = headers[0].checksum  # says it all: it covers where the batch belongs, and its numbers
+            else:
+                fingerprint = wire.fingerprint(request, headers)
             known = last_seq <= producer.last_seq
-            positions = None
-            if known:
-                positions = producers.remembered(producer.row(), last_seq, wire.fingerprint(request, headers))
-            if epoch < producer.epoch:
-                if positions is not None:
-                    return wire.Committed(True, list(positions))
+            answered = producers.remembered(producer, last_seq, fingerprint) if known else None
+            if epoch != producer.epoch:
+                if epoch > producer.epoch:
+                    return Failed(Code.STORE_REPLACED, f"producer {producer.name!r} has not reached epoch {epoch}")
+                if answered is not None:
+                    return wire.Committed(True, answered)
                 return producers.fenced(producer.row(), epoch)
-            if epoch > producer.epoch:
-                return Failed(Code.STORE_REPLACED, f"producer {producer.name!r} has not reached epoch {epoch}")
             # 4
-            if connection.serial < self._serials.get(producer_id, 0):
-                return Failed(Code.STALE_CONNECTION, f"producer {producer.name!r} has a newer connection")
-            self._serials[producer_id] = connection.serial
+            newest = self._serials.get(producer_id, 0)
+            if connection.serial != newest:
+                if connection.serial < newest:
+                    return Failed(Code.STALE_CONNECTION, f"producer {producer.name!r} has a newer connection")
+                self._serials[producer_id] = connection.serial
             # 5
             if known:
-                if positions is not None:
-                    return wire.Committed(True, list(positions))
-                conflict = producers.conflict(producer.row(), request)
+                if answered is not None:
+                    return wire.Committed(True, answered)
+                conflict = producers.conflict(producer, last_seq)
                 if conflict is None:
                     return wire.Committed(True, None)
                 for header, batch in zip(headers, batches, strict=True):
@@ -659,13 +664,13 @@ class Core:
                 return conflict
             # 6
             if prev_seq != producer.last_seq:
-                return producers.gap(producer.row(), request)
+                return producers.gap(producer, prev_seq)
         # 7
         refusal = self._offsets_refused(request) or self._appends_refused(request, batches, headers)
         if refusal is not None:
             return refusal
         # 8
-        positions = tuple([self._append(now, header, batch) for header, batch in zip(headers, batches, strict=True)])
+        positions = [self._append(now, header, batch) for header, batch in zip(headers, batches, strict=True)]
         for entry in offsets:
             key = OffsetKey(entry.group, entry.topic_id, entry.partition)
             position = self._offset(key)
@@ -674,9 +679,9 @@ class Core:
             if moved is not position:
                 self._put_offset(key, moved)
         if producer is not None:
-            producer.commit(last_seq, token, wire.fingerprint(request, headers), positions, now.wall_ms)
+            producer.commit(last_seq, token, fingerprint, positions, now.wall_ms)
             self._building.changed[producer_id] = producer
-        return wire.Committed(False, list(positions))
+        return wire.Committed(False, positions)
 
     def _offsets_refused(self, request: wire.Commit) -> Failed | None:
         forward_only = not request.producer_id and not request.appends
@@ -707,9 +712,10 @@ class Core:
             if refusal is not None:
                 return refusal
             wire.verify(header, batch)
-            if (header.topic_id, header.partition, header.producer_id) != (topic_id, partition, producer_id):
+            _, _, _, _, its_topic_id, its_partition, its_producer_id, first, last, _ = header
+            if (its_topic_id, its_partition, its_producer_id) != (topic_id, partition, producer_id):
                 return Failed(Code.BAD_REQUEST, "the batch was made for another topic, partition or producer")
-            if producer_id and (header.first_seq <= prev_seq or header.last_seq > last_seq):
+            if producer_id and (first <= prev_seq or last > last_seq):
                 return Failed(Code.BAD_REQUEST, "the batch has numbers that the commit does not take")
             self._partition(topic_id, partition)  # read now: damage must refuse before anything changes
             size += len(batch) + ROW_BYTES

@@ -7,17 +7,19 @@ the refusal. The numbers are those of PROTOCOL.md.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from idemq.client.wire import Code, Commit, Failed, Open, Position
+from idemq.client.wire import Code, Failed, Open, Position
 
 TAKEOVERS_REMEMBERED = 4
 """Ends of earlier epochs kept in a row; an older asker is told that its outcome is unknown."""
 
-
-Result = tuple[int, int, tuple[Position, ...]]
-"""What a commit was answered, kept for its repetition: (last_seq, fingerprint, positions). Every commit makes one, and
-one with names would take eight times as long."""
+Result = tuple[int, ...]
+"""What a commit was answered, kept for its repetition: last_seq, fingerprint, then of each batch offset and
+timestamp_ms. Flat, because every commit stores one."""
 
 
 class Takeover(NamedTuple):
@@ -47,7 +49,7 @@ class ProducerRow(NamedTuple):
 
 
 class Advance(NamedTuple):
-    """What commits changed in a row: all that has to be stored of it where the row before is known."""
+    """What commits made of a row, in as much as it is new: all that has to be stored where the row before is known."""
 
     seen_ms: int
     token: bytes | None
@@ -58,54 +60,65 @@ class Advance(NamedTuple):
 
 
 class Producer:
-    """A producer as it is decided. A commit changes it in place; its row is made once for all commits of a group."""
+    """A producer as it is decided. A commit changes it in place; what is new is told once for all of a group."""
 
-    __slots__ = ("_remember", "_results", "_row", "_seen_ms", "_token", "epoch", "last_seq", "name")
+    __slots__ = (
+        "_results_max",
+        "_row",
+        "_seen_ms",
+        "_stored",
+        "_token",
+        "_told",
+        "_untold",
+        "epoch",
+        "last_seq",
+        "name",
+    )
 
-    def __init__(self, row: ProducerRow, remember: int) -> None:
-        """The last `remember` results stay."""
+    def __init__(self, row: ProducerRow, results_max: int, stored: bool) -> None:
+        """The last `results_max` results stay. `stored`: the row comes from the store."""
         self._row = row
-        self._remember = remember
-        self._results: list[Result] = []
-        """Those that the row has not yet."""
+        self._results_max = results_max
+        self._stored = stored
+        self._token = row.token
+        self._seen_ms = row.seen_ms
+        self._told = deque(row.results, results_max)
+        self._untold: list[Result] = []
         self.name = row.name
         self.epoch = row.epoch
         self.last_seq = row.last_seq
-        self._token = row.token
-        self._seen_ms = row.seen_ms
 
     def commit(
-        self, last_seq: int, token: bytes | None, fingerprint: int, positions: tuple[Position, ...], now_ms: int
+        self, last_seq: int, token: bytes | None, fingerprint: int, positions: Iterable[Position], now_ms: int
     ) -> None:
         """Rule 8: a commit is applied."""
         self.last_seq = last_seq
         if token is not None:
             self._token = token
         self._seen_ms = now_ms
-        self._results.append((last_seq, fingerprint, positions))
+        result: Result = (last_seq, fingerprint)
+        for position in positions:
+            result += position
+        self._untold.append(result)
+
+    def results(self) -> tuple[Result, ...]:
+        """Of the last commits."""
+        return (*self._told, *self._untold)[-self._results_max :]
 
     def row(self) -> ProducerRow:
         """As it is decided now."""
-        if self._results:
-            # The constructor and not `_replace`, which takes three times as long: every group comes through here.
-            number, name, epoch, session, _, _, holder, address, opened_ms, _, anonymous, takeovers, results = self._row
-            self._row = ProducerRow(
-                number,
-                name,
-                epoch,
-                session,
-                self.last_seq,
-                self._token,
-                holder,
-                address,
-                opened_ms,
-                self._seen_ms,
-                anonymous,
-                takeovers,
-                (*results, *self._results)[-self._remember :],
-            )
-            self._results = []
-        return self._row
+        return self._row._replace(
+            last_seq=self.last_seq, token=self._token, seen_ms=self._seen_ms, results=self.results()
+        )
+
+    def tell(self) -> ProducerRow | Advance:
+        """What of it is to be stored, after at least one commit, or because the row is new."""
+        untold, self._untold = self._untold, []
+        self._told.extend(untold)
+        if self._stored:
+            return Advance(self._seen_ms, self._token, len(self._told), tuple(untold[-self._results_max :]))
+        self._stored = True
+        return self.row()
 
 
 def opening(
@@ -145,9 +158,14 @@ def opening(
     )
 
 
-def remembered(row: ProducerRow, last_seq: int, fingerprint: int) -> tuple[Position, ...] | None:
+def remembered(producer: Producer, last_seq: int, fingerprint: int) -> list[Position] | None:
     """What exactly this commit was answered, if it is among the last K."""
-    return next((positions for *commit, positions in row.results if commit == [last_seq, fingerprint]), None)
+    return next((positions(result) for result in producer.results() if result[:2] == (last_seq, fingerprint)), None)
+
+
+def positions(result: Result) -> list[Position]:
+    """Where its batches lie."""
+    return list(map(Position, result[2::2], result[3::2]))
 
 
 def fenced(row: ProducerRow, epoch: int) -> Failed:
@@ -160,40 +178,35 @@ def fenced(row: ProducerRow, epoch: int) -> Failed:
     )
 
 
-def conflict(row: ProducerRow, commit: Commit) -> Failed | None:
+def conflict(producer: Producer, last_seq: int) -> Failed | None:
     """Rule 5 for a number that is stored with no equal result: a conflict inside the remembered range, else nothing."""
-    if row.results and commit.last_seq >= row.results[0][0]:
+    results = producer.results()
+    if results and last_seq >= results[0][0]:
         return Failed(
-            Code.SEQUENCE_CONFLICT, f"number {commit.last_seq} of producer {row.name!r} was stored with other content"
+            Code.SEQUENCE_CONFLICT, f"number {last_seq} of producer {producer.name!r} was stored with other content"
         )
     return None
 
 
-def gap(row: ProducerRow, commit: Commit) -> Failed:
+def gap(producer: Producer, prev_seq: int) -> Failed:
     """Rule 6's refusal: what the commit must follow."""
     return Failed(
         Code.SEQUENCE_GAP,
-        f"producer {row.name!r} is at {row.last_seq}, the commit follows {commit.prev_seq}",
-        {"expected": row.last_seq},
+        f"producer {producer.name!r} is at {producer.last_seq}, the commit follows {prev_seq}",
+        {"expected": producer.last_seq},
     )
 
 
-def advance(known: ProducerRow, row: ProducerRow) -> Advance | None:
-    """What leads from `known` to `row`; None when not commits alone lie between them: an Open gives a new epoch."""
-    new = row.results[bisect_left(row.results, (known.last_seq + 1,)) :]
-    if not new or row.epoch != known.epoch:
-        return None
-    return Advance(row.seen_ms, row.token, len(row.results), new)
-
-
-def advanced_by(row: ProducerRow, advance: Advance) -> ProducerRow:
-    """The row after what `advance` tells. One that is there already changes nothing, so that it may be told again."""
-    if advance.results[-1][0] <= row.last_seq:
+def advanced_by(row: ProducerRow, advances: Sequence[Advance]) -> ProducerRow:
+    """The row after these, in their order. What it has already changes nothing, so that it may be told again."""
+    results = list(chain.from_iterable([advance.results for advance in advances]))
+    new = results[bisect_left(results, (row.last_seq + 1,)) :]
+    if not new:
         return row
-    new = advance.results[bisect_left(advance.results, (row.last_seq + 1,)) :]
+    last = advances[-1]
     return row._replace(
         last_seq=new[-1][0],
-        token=advance.token,
-        seen_ms=advance.seen_ms,
-        results=(row.results + new)[-advance.kept :],
+        token=last.token,
+        seen_ms=last.seen_ms,
+        results=(*row.results, *new)[-last.kept :],
     )

@@ -24,7 +24,8 @@ Every commit writes a delta: the store's state (three u64: counter, commits, top
 that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order; a delta goes
 when its rows stand there. One that names no producer is overwritten by the next.
 
-The rows of positions that format 1 left stay as they are until they change: they lack `turns`, which is 0 then.
+What earlier formats left stays as it is until it changes. The rows of positions of format 1 lack `turns`, which is 0
+then; formats 1 and 2 had in each result the positions in a list of their own.
 
 To change the format:
  1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover,
@@ -38,22 +39,23 @@ To change the format:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from itertools import chain
 from struct import Struct
 from struct import error as StructError
 from typing import Any, NamedTuple
 
 import msgpack
 
-from idemq.client.wire import BATCH_HEADER, Position, Settings, crc32
+from idemq.client.wire import BATCH_HEADER, Settings, crc32
 
 from .core import Damaged, Stored
 from .groups import OffsetKey, OffsetRow
 from .producers import Advance, ProducerRow, Result, Takeover, advanced_by
 from .topics import TopicRow
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAGIC = b"idemq"
 INCARNATION_BYTES = 16
 
@@ -163,16 +165,12 @@ def producer_row(key: bytes, value: bytes) -> ProducerRow:
     """Decode and verify. Raises Damaged."""
     *fields, takeovers, results = msgpack.unpackb(_open(Table.PRODUCERS, key, value), use_list=False)
     ended = tuple([Takeover(*takeover) for takeover in takeovers])
-    return ProducerRow._make((ID_KEY.unpack(key)[0], *fields, ended, _results(results)))
+    return ProducerRow._make((ID_KEY.unpack(key)[0], *fields, ended, tuple(map(_result, results))))
 
 
-def _results(results: Any) -> tuple[Result, ...]:
-    return tuple(
-        [
-            (last_seq, fingerprint, tuple([Position(*position) for position in positions]))
-            for last_seq, fingerprint, positions in results
-        ]
-    )
+def _result(stored: tuple[Any, ...]) -> Result:
+    """Formats 1 and 2 had the positions in a list of their own, and so three fields; now their number is even."""
+    return (*stored[:2], *chain.from_iterable(stored[2])) if len(stored) == 3 else stored
 
 
 def name_value(key: bytes, producer_id: int) -> bytes:
@@ -199,8 +197,8 @@ class State(NamedTuple):
     """Tells a log that is gone with its topic from one that is lost."""
 
 
-Change = bytes | tuple[Any, ...] | None
-"""What became of a producer: its value in `producers`; an Advance on the row before, as yet without types; deleted."""
+Change = ProducerRow | bytes | Advance | None
+"""What became of a producer: its row, or its value in `producers`; what commits made of the row before; deleted."""
 
 
 class Delta(NamedTuple):
@@ -208,39 +206,50 @@ class Delta(NamedTuple):
 
     state: State
     producers: dict[int, Change]
+    """Rows are values."""
 
 
-def delta_value(key: bytes, state: State, producers: dict[int, Change]) -> bytes:
+def delta_value(key: bytes, state: State, producers: Mapping[int, Change]) -> bytes:
     """A delta."""
-    return _seal(Table.DELTAS, key, _STATE.pack(*state) + _pack(producers))
+    told = {
+        producer_id: producer_value(ID_KEY.pack(producer_id), change) if isinstance(change, ProducerRow) else change
+        for producer_id, change in producers.items()
+    }
+    return _seal(Table.DELTAS, key, _STATE.pack(*state) + _pack(told))
 
 
 def delta(key: bytes, value: bytes) -> Delta:
     """Decode and verify. Raises Damaged."""
     body = _open(Table.DELTAS, key, value)
-    producers = msgpack.unpackb(body[_STATE.size :], use_list=False, strict_map_key=False)
-    return Delta(State(*_STATE.unpack_from(body)), producers)
+    told = msgpack.unpackb(body[_STATE.size :], use_list=False, strict_map_key=False)
+    for producer_id, change in told.items():
+        if isinstance(change, tuple):
+            *fields, results = change
+            told[producer_id] = Advance._make((*fields, tuple(map(_result, results))))
+    return Delta(State(*_STATE.unpack_from(body)), told)
 
 
 def changed(producer_id: int, changes: Sequence[Change]) -> ProducerRow | None:
-    """The row after these changes, the first of which is a whole value. Raises Damaged.
+    """The row after these changes, the first of which is whole. Raises Damaged.
 
     Deltas tell a deletion after it was done in `producers`: what advances no row counts for nothing.
     """
-    row: ProducerRow | None = None
+    row: ProducerRow | bytes | None = None
+    advances: list[Advance] = []
     for change in changes:
-        if isinstance(change, tuple):
-            *fields, results = change
-            row = None if row is None else advanced_by(row, Advance._make((*fields, _results(results))))
+        if isinstance(change, Advance):
+            advances.append(change)
         else:
-            row = None if change is None else producer_row(ID_KEY.pack(producer_id), change)
-    return row
+            row, advances = change, []
+    if isinstance(row, bytes):
+        row = producer_row(ID_KEY.pack(producer_id), row)
+    return None if row is None else advanced_by(row, advances)
 
 
-def checked(producer_id: int, value: bytes | None) -> bytes | None:
+def checked(key: bytes, value: bytes | None) -> bytes | None:
     """A value in `producers` as it is, verified. Raises Damaged."""
     if value is not None:
-        _open(Table.PRODUCERS, ID_KEY.pack(producer_id), value)
+        _open(Table.PRODUCERS, key, value)
     return value
 
 

@@ -19,8 +19,8 @@ import secrets
 import shutil
 import tempfile
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from itertools import islice, starmap, takewhile
 from pathlib import Path
@@ -30,11 +30,11 @@ import lmdb
 
 from idemq.client.wire import record_count
 
-from . import producers, schema
+from . import schema
 from .core import ROW_BYTES, Damaged, Group, Rows, Space, Stored
 from .groups import OffsetKey, OffsetRow
 from .pages import Broken, Pages
-from .producers import ProducerRow
+from .producers import Advance, ProducerRow, advanced_by
 from .schema import Table
 from .topics import Ends, Mark, TopicRow
 
@@ -44,10 +44,12 @@ MAP_BYTES_MIN = 1 << 30
 LAZY_BYTES_MAX = 8 << 20
 """Bytes of deltas before their rows are moved on. What they tell is in memory, and is read at start, twice over."""
 LAZY_FEW_ROWS = 4
-LAZY_FEW_BYTES_MAX = 2400
+LAZY_FEW_BYTES_MAX = 3000
 """The same for so few rows that moving them costs less than a second page of deltas, which each commit would write."""
 LAZY_DELTAS_MAX = 256
 """Deltas before their rows are moved on, so that dropping them stays cheap."""
+LAZY_CHANGES_MAX = 8
+"""What was told of one producer is kept in so many pieces before they are put together."""
 LAZY_STEP_ROWS = 16
 """Rows moved into the B-tree by one commit, at least."""
 
@@ -128,68 +130,56 @@ def tune_allocator() -> bool:
 # -------------------------------------------------------------------------------------------------------------- LMDB
 
 
-_Told = ProducerRow | list[schema.Change] | None
-"""A row; or what was told of one at start, which is decoded when somebody asks."""
-
-
 class _Lazy:
-    """Producer rows that stand in deltas and not yet, or only in part, in the B-tree.
+    """What deltas told of producers, whose rows do not stand, or only in part, in the B-tree.
 
     Two generations, so that a delta is dropped only when all its rows are in the B-tree: commits write deltas of the
-    young one; the old one is moved into the B-tree in order of id, some rows with each commit. The old one's rows are
-    known until the young one is old: of a row that is known a commit writes only what is new.
+    young one; the old one is moved into the B-tree in order of id, some rows with each commit. What is known of the old
+    one stays known until the young one is old.
+
+    Of each producer that is known: what it was, and what commits made of it since. The lists never change.
     """
 
     def __init__(self) -> None:
-        self.young: dict[int, _Told] = {}
+        self.young: dict[int, list[schema.Change]] = {}
         self.young_bytes = 0
         self.young_start = 0
         """The young generation's deltas begin with this one, the old one's end before it."""
         self.next = 0
         """The number of the next delta."""
-        self.old: dict[int, _Told] = {}
+        self.old: dict[int, list[schema.Change]] = {}
+        """Also what was looked up in the B-tree."""
         self.old_ids: list[int] = []
         """Still to be moved, the largest id first."""
 
     def begin(self, told: dict[int, list[schema.Change]], following: int) -> None:
         """After the start: what the deltas before `following` told is the old generation."""
-        self.old = {**told}
+        self.old = told
         self.old_ids = sorted(told, reverse=True)
         self.young_start = self.next = following
 
+    def tell(self, producer_id: int, change: schema.Change) -> None:
+        """A delta of the young generation tells this, where it advances of a producer that is known."""
+        told = [change]
+        if isinstance(change, Advance):
+            told = [*self.told(producer_id), change]
+        self.young[producer_id] = told if len(told) <= LAZY_CHANGES_MAX else [schema.changed(producer_id, told)]
+
     def age(self) -> None:
         """The young generation becomes the old one."""
-        self.old, self.young = self.young, {}  # in this order: `row` looks from other threads
+        self.old, self.young = self.young, {}  # in this order: `told` looks from other threads
         self.young_bytes = 0
         self.young_start = self.next
         self.old_ids = sorted(self.old, reverse=True)
 
     def ids(self) -> set[int]:
-        """Those of all rows."""
+        """Of all that are known."""
         return {*self.old, *self.young}
 
-    def row(self, producer_id: int) -> ProducerRow | None:
-        """The latest. Raises KeyError when it is in neither generation."""
+    def told(self, producer_id: int) -> list[schema.Change]:
+        """All that is known of this one; empty where the B-tree has to be asked."""
         young, old = self.young, self.old
-        return _decoded(young if producer_id in young else old, producer_id)
-
-    def change(self, producer_id: int, row: ProducerRow | None) -> schema.Change:
-        """What must be written of this row."""
-        if row is None:
-            return None
-        try:
-            known = self.row(producer_id)
-        except KeyError:
-            known = None
-        advance = None if known is None else producers.advance(known, row)
-        return schema.producer_value(schema.ID_KEY.pack(producer_id), row) if advance is None else advance
-
-
-def _decoded(rows: dict[int, _Told], producer_id: int) -> ProducerRow | None:
-    row = rows[producer_id]
-    if isinstance(row, list):
-        row = rows[producer_id] = schema.changed(producer_id, row)
-    return row
+        return young.get(producer_id) or old.get(producer_id) or []
 
 
 class Store:
@@ -227,8 +217,8 @@ class Store:
         self._lazy = _Lazy()
         self._broken = False
         try:
-            if version == 1:
-                self._upgrade_1()
+            if version < schema.FORMAT_VERSION:
+                self._upgrade(version)
             with self._environment.begin() as txn:
                 meta = self._tables[Table.META]
                 self._incarnation = schema.incarnation(txn.get(schema.INCARNATION_KEY, b"", meta))
@@ -244,31 +234,40 @@ class Store:
         for key, value in txn.cursor(self._tables[Table.DELTAS]):
             last = schema.delta(key, value)
             for producer_id, change in last.producers.items():
-                if not isinstance(change, tuple):
+                if not isinstance(change, Advance):
                     told[producer_id] = [change]
                     continue
                 if producer_id not in told:
-                    stored = txn.get(schema.ID_KEY.pack(producer_id), db=self._tables[Table.PRODUCERS])
-                    told[producer_id] = [schema.checked(producer_id, stored)]
+                    told[producer_id] = [self._placed(txn, producer_id)]
                 told[producer_id].append(change)
         if last is None:
             raise schema.damaged(Table.DELTAS, b"", "there is no delta, and so no state")
         self._lazy.begin(told, schema.ID_KEY.unpack(key)[0] + bool(last.producers))
         return last.state
 
-    def _upgrade_1(self) -> None:
-        """From format 1: the rows in its deltas to their places, and the state into the first delta. Raises Damaged."""
+    def _placed(self, txn: Any, producer_id: int) -> bytes | None:
+        """A producer's value in its place, verified. Raises Damaged."""
+        key = schema.ID_KEY.pack(producer_id)
+        return schema.checked(key, txn.get(key, db=self._tables[Table.PRODUCERS]))
+
+    def _upgrade(self, version: int) -> None:
+        """From an earlier format. Raises Damaged."""
         with self._environment.begin(write=True) as txn:
-            deltas, meta = self._tables[Table.DELTAS], self._tables[Table.META]
-            state = schema.state_1(txn.get(schema.STATE_KEY_1, b"", meta))
-            for key, value in txn.cursor(deltas):
-                for producer_id, row in schema.delta_1(key, value):
-                    self._write_producer(txn, schema.ID_KEY.pack(producer_id), row)
-            txn.drop(deltas, delete=False)
-            key = schema.ID_KEY.pack(0)
-            self._put_checked(txn, Table.DELTAS, key, schema.delta_value(key, state, {}))
-            txn.delete(schema.STATE_KEY_1, db=meta)
+            if version == 1:
+                self._upgrade_1(txn)
             self._put_checked(txn, Table.META, schema.FORMAT_KEY, schema.format_value())
+
+    def _upgrade_1(self, txn: Any) -> None:
+        """The rows in the deltas to their places, and the state into the first delta. Raises Damaged."""
+        deltas, meta = self._tables[Table.DELTAS], self._tables[Table.META]
+        state = schema.state_1(txn.get(schema.STATE_KEY_1, b"", meta))
+        for key, value in txn.cursor(deltas):
+            for producer_id, row in schema.delta_1(key, value):
+                self._write_producer(txn, schema.ID_KEY.pack(producer_id), row)
+        txn.drop(deltas, delete=False)
+        key = schema.ID_KEY.pack(0)
+        self._put_checked(txn, Table.DELTAS, key, schema.delta_value(key, state, {}))
+        txn.delete(schema.STATE_KEY_1, db=meta)
 
     def close(self) -> None:
         """Let go of the files and of the lock. Nothing is written."""
@@ -315,6 +314,7 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
+            self._look_up_producers(txn, group.producers)
             written = self._write_delta(txn, state, group.producers)
             moved = self._move_lazy(txn, len(group.producers))
         except BaseException:
@@ -363,10 +363,16 @@ class Store:
             else:
                 self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
 
-    def _write_delta(self, txn: Any, state: schema.State, rows: dict[int, ProducerRow | None]) -> int:
+    def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> None:
+        """Those that advance must be known. Raises Damaged."""
+        for producer_id, change in changes.items():
+            if isinstance(change, Advance) and not self._lazy.told(producer_id):
+                self._lazy.old[producer_id] = [self._placed(txn, producer_id)]
+
+    def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
         """What every commit writes; returns its bytes."""
         key = schema.ID_KEY.pack(self._lazy.next)
-        value = schema.delta_value(key, state, {one: self._lazy.change(one, row) for one, row in rows.items()})
+        value = schema.delta_value(key, state, changes)
         self._put_checked(txn, Table.DELTAS, key, value)
         return len(value)
 
@@ -381,17 +387,19 @@ class Store:
         lazy = self._lazy
         ids = lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
         for producer_id in reversed(ids):
-            key, row = schema.ID_KEY.pack(producer_id), _decoded(lazy.old, producer_id)
+            key, row = schema.ID_KEY.pack(producer_id), schema.changed(producer_id, lazy.old[producer_id])
+            lazy.old[producer_id] = [row]
             self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
         if ids and len(ids) == len(lazy.old_ids):
             self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
         return len(ids)
 
-    def _remember_lazy(self, rows: dict[int, ProducerRow | None], written: int, moved: int) -> None:
+    def _remember_lazy(self, changes: Mapping[int, schema.Change], written: int, moved: int) -> None:
         """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
         lazy = self._lazy
-        if rows:  # a delta without any is overwritten by the next
-            lazy.young.update(rows)
+        if changes:  # a delta without any is overwritten by the next
+            for producer_id, change in changes.items():
+                lazy.tell(producer_id, change)
             lazy.young_bytes += written
             lazy.next += 1
         if moved:
@@ -491,13 +499,11 @@ class Store:
 
     def producer(self, producer_id: int) -> ProducerRow | None:
         """A producer by id. Raises Damaged."""
-        try:
-            return self._lazy.row(producer_id)
-        except KeyError:
-            key = schema.ID_KEY.pack(producer_id)
+        told = self._lazy.told(producer_id)
+        if not told:
             with self._environment.begin() as txn:
-                value = txn.get(key, db=self._tables[Table.PRODUCERS])
-            return None if value is None else schema.producer_row(key, value)
+                told = [self._placed(txn, producer_id)]
+        return schema.changed(producer_id, told)
 
     def producer_id(self, name: str) -> int | None:
         """A producer's id by name. Raises Damaged."""
@@ -517,8 +523,9 @@ class Store:
         """See `Rows.producer_ids`. Decodes no row of the B-tree."""
         lazy: dict[int, bool] = {}
         for one in [one for one in self._lazy.ids() if one >= first]:
-            with suppress(KeyError):  # it has reached its place meanwhile, where it is looked for next
-                lazy[one] = self._lazy.row(one) is not None
+            told = self._lazy.told(one)
+            if told:  # else it has reached its place meanwhile, where it is looked for next
+                lazy[one] = told[-1] is not None
         with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCERS]) as cursor:
             keys = cursor.iternext(values=False) if cursor.set_range(schema.ID_KEY.pack(first)) else ()
             stored = [schema.ID_KEY.unpack(key)[0] for key in islice(keys, limit + len(lazy))]
@@ -857,7 +864,8 @@ class MemoryStore:
             del log[:count]
         for name, producer_id in group.names.items():
             _set(self._names, self._sorted_names, name, producer_id)
-        for producer_id, row in group.producers.items():
+        for producer_id, change in group.producers.items():
+            row = advanced_by(self._producers[producer_id], [change]) if isinstance(change, Advance) else change
             _set(self._producers, self._producer_ids, producer_id, row)
         for key, position in group.offsets.items():
             if position is None:

@@ -382,8 +382,8 @@ class Producer:
         """The next to be sent. C1: its cut, bytes and numbers never change from here on. C2: what it follows."""
         commit.open = False
         commit.prev_seq = self.last_seq if self.dedup else -1
-        if self.dedup and self.sent and self.queue[self.sent - 1].last_seq > commit.prev_seq:
-            commit.prev_seq = self.queue[self.sent - 1].last_seq
+        if self.dedup and self.sent and (sent_seq := self.queue[self.sent - 1].last_seq) > commit.prev_seq:
+            commit.prev_seq = sent_seq
         for part in commit.parts.values():
             batch = part.batch(self.id, self.codec)
             commit.appends.append(wire.Append(part.topic.topic_id, part.partition, len(batch)))

@@ -1036,12 +1036,9 @@ def make_batch(
 def fingerprint(commit: Commit, headers: Sequence[BatchHeader]) -> int:
     """What tells a repeated commit from another one with the same `last_seq` (PROTOCOL rule 5).
 
-    Covers everything else that would be stored, and neither epoch nor prev_seq, which change on a retry. A single batch
-    says it all by itself: its checksum covers where it belongs and which numbers it holds. The value is stored: another
-    formula is another format (`broker/schema.py`).
+    Covers everything else that would be stored, and neither epoch nor prev_seq, which change on a retry. The value is
+    stored: another formula is another format (`broker/schema.py`).
     """
-    if len(headers) == 1 and not commit.offsets and commit.token is None:
-        return headers[0].checksum
     checksums = [header.checksum.to_bytes(4, "big") for header in headers]
     content: bytes = _pack((commit.last_seq, commit.appends, checksums, commit.offsets, commit.token))
     value: int = crc32(content)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ class Rows:
 
     def result(self, producer_id: int, last_seq: int, *positions: Position) -> None:
         row = self.producers[producer_id]
-        self.producers[producer_id] = row._replace(results=(*row.results, (last_seq, 0, positions)))
+        self.producers[producer_id] = row._replace(
+            results=(*row.results, (last_seq, 0, *chain.from_iterable(positions)))
+        )
 
     def change(self, producer_id: int, **fields: Any) -> None:
         self.producers[producer_id] = self.producers[producer_id]._replace(**fields)
@@ -134,7 +137,7 @@ def _double(rows: Rows) -> None:
 
 def _interleave(rows: Rows) -> None:
     rows.put(2, 0, 3, batch(2, 0, 11, 1, 2, [0, 1]))
-    rows.change(11, last_seq=2, results=((2, 0, (Position(2, TIME_MS), Position(3, TIME_MS))),))
+    rows.change(11, last_seq=2, results=((2, 0, 2, TIME_MS, 3, TIME_MS),))
 
 
 BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
@@ -155,15 +158,15 @@ BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
         "was told another position for 5",
     ),
     "another position": (
-        lambda rows: rows.change(10, results=((7, 0, (Position(5, TIME_MS),)),)),
+        lambda rows: rows.change(10, results=((7, 0, 5, TIME_MS),)),
         "was told another position for 7",
     ),
     "another time": (
-        lambda rows: rows.change(10, results=((7, 0, (Position(4, 1),)),)),
+        lambda rows: rows.change(10, results=((7, 0, 4, 1),)),
         "was told another position for 7",
     ),
     "a result inside a batch": (
-        lambda rows: rows.change(10, results=((6, 0, ()), (7, 0, (Position(4, TIME_MS),)))),
+        lambda rows: rows.change(10, results=((6, 0), (7, 0, 4, TIME_MS))),
         "a result that ends inside the batch",
     ),
     "results out of order": (
@@ -236,7 +239,7 @@ def test_what_was_trimmed_is_not_missed(tmp_path: Path) -> None:
     rows = Rows()
     rows.topics[2] = rows.topics[2]._replace(floors=(0,))
     rows.put(2, 0, 0, rows.log.pop((2, 0, 3)).batch)
-    rows.change(11, results=((3, 0, (Position(2, TIME_MS), Position(0, TIME_MS), Position(9, TIME_MS))),))
+    rows.change(11, results=((3, 0, 2, TIME_MS, 0, TIME_MS, 9, TIME_MS),))
     rows.write(tmp_path / "gone")
     assert len(check.walk(tmp_path / "gone").findings) == 1
     opened = Store(tmp_path / "gone")
@@ -430,7 +433,7 @@ def test_a_copy_without_its_lock_can_be_checked(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- stores of old times
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) -> None:
     """tests/data/format-N holds the file of a store and `repr` of all that it answered when it was made."""
     golden = DATA / f"format-{version}"
@@ -442,6 +445,9 @@ def test_a_data_directory_of_every_format_opens(tmp_path: Path, version: int) ->
         opened = Store(tmp_path)
         found = workload.content(opened)
         opened.close()
+        with store.Snapshot(tmp_path) as snapshot, snapshot.tables() as (txn, tables):
+            value = txn.get(schema.FORMAT_KEY, db=tables[Table.META])
+        assert schema.format_version(value) == schema.FORMAT_VERSION, "no broker of an earlier format may read it now"
     assert repr(found) == lzma.decompress((golden / "content.txt.xz").read_bytes()).decode().strip()
     assert len(found[3]) > 1, "it has topics"
     assert len(found[7]) > 5, "it has producers"

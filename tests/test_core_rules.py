@@ -9,7 +9,7 @@ import pytest
 
 from idemq.broker.core import Damaged, Read
 from idemq.broker.fetches import collect
-from idemq.broker.producers import ProducerRow
+from idemq.broker.producers import Advance, ProducerRow
 from idemq.broker.store import MemoryStore
 from idemq.broker.topics import Ends, Mark
 from idemq.client import wire
@@ -148,6 +148,98 @@ def test_rule_5_what_is_older_than_the_remembered_results_is_a_duplicate_without
     assert broker.ask(connection, *other).code == Code.SEQUENCE_CONFLICT, "remembered, and not the same"
 
 
+def test_rule_5_a_repetition_is_equal_in_all_that_would_be_stored() -> None:
+    broker = CoreBroker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection, partitions=2)
+    broker.append(connection, topic_id)
+    key = broker.hold(topic_id)
+    row = broker.store.offset(key)
+    assert row is not None
+
+    def one_of(kind: str, producer: Any) -> tuple[wire.Commit, bytes]:
+        if kind == "two batches":
+            return commit(producer, -1, 1, (topic_id, 0, 0), (topic_id, 1, 1))
+        request, payload = commit(producer, -1, 1, (topic_id, 0, 0))
+        if kind == "with a token":
+            request = request._replace(token=b"token")
+        if kind == "with a position":
+            request = request._replace(offsets=[wire.Offset(*key, 9, 0, 0, b"metadata")])
+        return request, payload
+
+    kinds = ("one batch", "two batches", "with a token", "with a position")
+    for stored in kinds:
+        producer = broker.open(connection, stored)
+        first = broker.ask(connection, *one_of(stored, producer))
+        assert not first.duplicate
+        for kind in kinds:
+            answer = broker.ask(connection, *one_of(kind, producer))
+            if kind == stored:
+                assert answer == Committed(True, first.positions)
+            else:
+                assert answer.code == Code.SEQUENCE_CONFLICT, (stored, kind)
+
+
+def test_what_is_stored_of_a_commit_of_one_batch_holds_its_checksum() -> None:
+    """No other fingerprint, whatever is faster: stores hold it, and a repetition may come after an update."""
+    broker = CoreBroker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection)
+    producer = broker.open(connection)
+    request, payload = commit(producer, -1, 0, (topic_id, 0, 0))
+    [position] = broker.ask(connection, request, payload).positions
+    row = broker.store.producer(producer.producer_id)
+    assert row is not None
+    assert row.results == ((0, wire.batch_header(payload).checksum, *position),)
+
+
+def test_a_group_tells_of_a_producer_what_is_new() -> None:
+    broker = CoreBroker(remembered=2)
+    connection = broker.connect()
+    assert broker.step(connection, wire.Open("p", "session", 0, False)) is None
+    group = broker.begin()
+    [(producer_id, row)] = group.producers.items()
+    assert isinstance(row, ProducerRow), "all of it when it is opened"
+    [producer] = broker.make_durable(group)
+
+    def advance(first: int, count: int) -> Advance:
+        for number in range(first, first + count):
+            assert broker.step(connection, *commit(producer, number - 1, number)) is None
+        group = broker.begin()
+        broker.make_durable(group)
+        told = group.producers[producer_id]
+        assert isinstance(told, Advance)
+        row = broker.store.producer(producer_id)
+        assert row is not None
+        assert [result[0] for result in row.results] == [*range(first + count)][-2:]
+        return told
+
+    assert [result[0] for result in advance(0, 3).results] == [1, 2], "no more than are remembered"
+    for number in range(3, 5):
+        told = advance(number, 1)
+        assert [result[0] for result in told.results] == [number]
+        assert told.kept == 2
+    broker = CoreBroker(broker.store, remembered=2)
+    connection = broker.connect()
+    assert [result[0] for result in advance(5, 1).results] == [5], "also when it comes from the store"
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_no_more_results_are_remembered_than_were_announced(durable: bool) -> None:
+    broker = CoreBroker(remembered=2)
+    connection = broker.connect()
+    producer = broker.open(connection)
+    commits = [commit(producer, number - 1, number) for number in range(4)]
+    for one in commits:
+        assert broker.step(connection, *one) is None
+    if durable:
+        broker.make_durable(broker.begin())
+    for one in commits:
+        assert broker.step(connection, *one) is None
+    answers = broker.make_durable(broker.begin())[-4:]
+    assert answers == [Committed(True, None), Committed(True, None), Committed(True, []), Committed(True, [])]
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_rule_5_a_repetition_that_was_damaged_on_the_way_is_no_conflict(parts: int) -> None:
     broker = CoreBroker()
@@ -257,7 +349,7 @@ def test_a_producer_that_was_forgotten_has_the_token_that_it_had() -> None:
         assert broker.ask(connection, *commit(producer, number, number + 1)) == Committed(False, [])
     row = broker.store.producer(producer.producer_id)
     assert row is not None
-    assert (row.last_seq, row.token, [last_seq for last_seq, _, _ in row.results]) == (2, b"mine", [0, 1, 2])
+    assert (row.last_seq, row.token, [result[0] for result in row.results]) == (2, b"mine", [0, 1, 2])
 
 
 def test_only_who_knows_the_epoch_deletes_a_producer() -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from idemq.broker import producers, schema, store
+from idemq.broker import schema, store
 from idemq.broker.core import Damaged, Group, Stored, Trim
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import Pages
-from idemq.broker.producers import Producer, ProducerRow, Result, Takeover
+from idemq.broker.producers import Advance, Producer, ProducerRow, Result, Takeover, advanced_by
 from idemq.broker.schema import Table
 from idemq.broker.store import MemoryStore, Reason, Storage, Store, StoreBroken, StoreError, StoreFull
 from idemq.broker.topics import Ends, Mark, TopicRow
@@ -50,10 +51,19 @@ def producer(producer_id: int, last_seq: int = -1, name: str = "", results: tupl
 def after_commit(row: ProducerRow) -> ProducerRow:
     """With one commit more, of a producer whose last three results are remembered."""
     token = None if row.last_seq % 2 else b"token-%d" % row.last_seq
-    positions = [Position(row.last_seq + 2, 7)]
-    changed = Producer(row, 3)
-    changed.commit(row.last_seq + 1, token, row.last_seq + 5, tuple(positions), row.seen_ms + 1)
+    changed = Producer(row, 3, stored=True)
+    changed.commit(row.last_seq + 1, token, row.last_seq + 5, [Position(row.last_seq + 2, 7)], row.seen_ms + 1)
     return changed.row()
+
+
+def told(before: ProducerRow, after: ProducerRow) -> Advance:
+    """What a group tells of the commits that lie between."""
+    return Advance(
+        after.seen_ms,
+        after.token,
+        len(after.results),
+        tuple([one for one in after.results if one[0] > before.last_seq]),
+    )
 
 
 def created(*rows: ProducerRow) -> Group:
@@ -125,7 +135,7 @@ def test_commit_counts_and_keeps_the_counter(any_store: Storage) -> None:
 
 
 def test_rows_come_back(any_store: Storage) -> None:
-    results = ((1, 11, ()), (2, 12, (Position(5, 6), Position(7, 8))))
+    results = ((1, 11), (2, 12, 5, 6, 7, 8))
     row = producer(4, 2, "näme", results)
     key = OffsetKey("grüppe", 9, 1)
     position = OffsetRow(3, 4, "holder", None, 5, 6)
@@ -376,16 +386,17 @@ class BothStores(RuleBasedStateMachine):
         if not self.rows:
             return
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.rows)), min_size=1, max_size=25, unique=True))
-        rows = {number: self.rows[number] for number in chosen}
-        for number, row in rows.items():
+        changes: dict[int, ProducerRow | Advance | None] = {}
+        for number in chosen:
+            before = row = self.rows[number]
             if opened:
                 self.number += 1
                 row = row._replace(epoch=self.number, holder=f"holder-{self.number}")
             for _ in range(commits):
                 row = after_commit(row)
-            rows[number] = row
-        self.rows |= rows
-        self.commit(Group(producers=dict(rows), counter=self.number))
+            self.rows[number] = row
+            changes[number] = row if opened else told(before, row)
+        self.commit(Group(producers=changes, counter=self.number))
 
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
@@ -454,6 +465,7 @@ def _small_generations(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     monkeypatch.setattr(store, "LAZY_BYTES_MAX", 4000)
     monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 6)
     monkeypatch.setattr(store, "LAZY_STEP_ROWS", 3)
+    monkeypatch.setattr(store, "LAZY_CHANGES_MAX", 3)
     monkeypatch.setattr(store, "LAZY_FEW_ROWS", 2)
     monkeypatch.setattr(store, "LAZY_FEW_BYTES_MAX", 400)
 
@@ -519,8 +531,9 @@ def test_rows_that_wait_stay_bounded(directory: Path) -> None:
     dice = random.Random(1)
     for step in range(200):
         chosen = dice.sample(sorted(rows), dice.choice((0, 1, 1, 20)))
+        before = rows.copy()
         rows |= {number: after_commit(rows[number]) for number in chosen}
-        opened.commit(Group(producers={number: rows[number] for number in chosen}))
+        opened.commit(Group(producers={number: told(before[number], rows[number]) for number in chosen}))
         with opened._environment.begin() as txn:
             assert txn.stat(opened._tables[Table.DELTAS])["entries"] < 60
         if step % 50 == 25:
@@ -548,10 +561,11 @@ def test_a_commit_writes_what_is_new_of_a_producer(lmdb_store: Store) -> None:
     lmdb_store.commit(created(row))
     for _ in range(30):
         before, row = row, after_commit(after_commit(row))
-        lmdb_store.commit(Group(producers={4: row}))
+        lmdb_store.commit(Group(producers={4: told(before, row)}))
         change = deltas()[-1].producers[4]
-        assert change == producers.Advance(row.seen_ms, row.token, len(row.results), row.results[-2:])
+        assert change == Advance(row.seen_ms, row.token, len(row.results), row.results[-2:])
         assert schema.changed(4, [schema.producer_value(schema.ID_KEY.pack(4), before), change]) == row
+        assert lmdb_store.producer(4) == row
     other = row._replace(epoch=9, session="other")
     lmdb_store.commit(Group(producers={4: other}))
     value = schema.producer_value(schema.ID_KEY.pack(4), other)
@@ -570,8 +584,8 @@ def test_a_damaged_row_under_what_the_deltas_tell_is_refused_at_start(directory:
     rows = {number: producer(number) for number in (4, 5)}
     opened.commit(created(*rows.values()))
     for step in range(20):
-        rows[5] = after_commit(rows[5])
-        opened.commit(Group(producers={5: rows[5]} if step else dict(rows)))
+        before, rows[5] = rows[5], after_commit(rows[5])
+        opened.commit(Group(producers={5: told(before, rows[5])} if step else dict(rows)))
     opened.close()
     key = schema.ID_KEY.pack(5)
 
@@ -592,6 +606,45 @@ def test_a_damaged_row_under_what_the_deltas_tell_is_refused_at_start(directory:
     opened.close()
 
 
+def test_a_row_that_was_damaged_meanwhile_is_not_built_upon(directory: Path) -> None:
+    """What advances it would be lost with it: nothing of the group is stored, and the others are as they were."""
+    opened = Store(directory)
+    rows = {number: producer(number) for number in (4, 5)}
+    opened.commit(created(*rows.values()))
+    opened.close()
+    opened = Store(directory)  # the rows reach their places with the next commit, and are known from there
+    for counter in range(20):
+        opened.commit(Group(counter=counter, producers={6: producer(6, counter)}))
+    key = schema.ID_KEY.pack(5)
+    with opened._environment.begin(write=True) as txn:
+        value = bytearray(txn.get(key, db=opened._tables[Table.PRODUCERS]))
+        value[9] ^= 4
+        txn.put(key, bytes(value), db=opened._tables[Table.PRODUCERS])
+    after = {number: told(row, after_commit(row)) for number, row in rows.items()}
+    with pytest.raises(StoreBroken, match=f"table producers, key {key.hex()}"):
+        opened.commit(Group(producers=dict(after)))
+    opened.close()
+    opened = Store(directory)
+    assert opened.producer(4) == rows[4]
+    with pytest.raises(Damaged):
+        opened.producer(5)
+    opened.close()
+
+
+def test_what_is_known_of_producers_stays_bounded(lmdb_store: Store) -> None:
+    """However often they commit before their rows are moved on."""
+    rows = {number: producer(number) for number in range(1, 31)}
+    lmdb_store.commit(created(*rows.values()))
+    for step in range(100):
+        after = {number: after_commit(row) for number, row in rows.items() if step % 2 or number % 3}
+        lmdb_store.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
+        rows |= after
+        known = [*lmdb_store._lazy.old.values(), *lmdb_store._lazy.young.values()]
+        assert max(map(len, known)) <= store.LAZY_CHANGES_MAX
+        assert len(known) <= 2 * len(rows)
+        assert producer_rows(lmdb_store, 0, 100) == [rows[number] for number in sorted(rows)]
+
+
 def test_the_deltas_of_few_producers_stay_in_one_page(lmdb_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as it is in production: a second page would be written with each commit."""
     monkeypatch.undo()
@@ -599,8 +652,9 @@ def test_the_deltas_of_few_producers_stay_in_one_page(lmdb_store: Store, monkeyp
     lmdb_store.commit(created(*rows.values()))
     seen: set[ProducerRow | None] = set()
     for step in range(600):
-        rows |= {number: after_commit(row) for number, row in rows.items() if step % number == 0}
-        lmdb_store.commit(Group(producers=dict(rows)))
+        after = {number: after_commit(row) for number, row in rows.items() if step % number == 0}
+        lmdb_store.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
+        rows |= after
         with lmdb_store._environment.begin() as txn:
             assert txn.stat(lmdb_store._tables[Table.DELTAS])["depth"] == 1
             seen.add(placed(lmdb_store, txn, 1))
@@ -612,14 +666,13 @@ def test_an_advance_that_was_told_before_changes_nothing() -> None:
     rows = [producer(4)]
     for _ in range(7):
         rows.append(after_commit(rows[-1]))
-    told = [producers.advance(one, other) for one, other in zip(rows, rows[2:] + rows[-1:], strict=False)]
+    advances = [told(one, other) for one, other in pairwise(rows[::2] + rows[-1:])]
+    assert len(advances) == 4
     for start, row in enumerate(rows):
-        for step in told:
-            if step is not None:
-                row = producers.advanced_by(row, step)
+        assert advanced_by(row, advances) == rows[-1], start
+        for advance in advances:
+            row = advanced_by(row, [advance])
         assert row == rows[-1], start
-    assert producers.advance(rows[0], rows[1]._replace(epoch=50)) is None
-    assert producers.advance(rows[1], rows[1]) is None
 
 
 def test_reads_from_other_threads_see_whole_commits(lmdb_store: Store) -> None:

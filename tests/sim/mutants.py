@@ -74,7 +74,7 @@ MUTANTS = [
         "connection fence off",
         CORE,
         "_commit",
-        "if connection.serial < self._serials.get(producer_id, 0):",
+        "if connection.serial < newest:",
         "if False:",
     ),
     _one("open not a compare-and-swap", producers, "opening", "if request.expected_epoch != row.epoch:", "if False:"),
@@ -85,7 +85,7 @@ MUTANTS = [
         "epoch=number,\n        session=request.session,\n        holder",
         "epoch=row.epoch,\n        session=request.session,\n        holder",
     ),
-    _one("epoch not checked", CORE, "_commit", "if epoch < producer.epoch:", "if False:"),
+    _one("epoch not checked", CORE, "_commit", "if epoch != producer.epoch:", "if epoch > producer.epoch:"),
     _one("sequence gap accepted", CORE, "_commit", "if prev_seq != producer.last_seq:", "if False:"),
     _one(
         "refusals before duplicates",
@@ -98,8 +98,8 @@ MUTANTS = [
     _one(
         "fingerprint not remembered",
         producers.Producer,
-        "row",
-        "(*results, *self._results)[-self._remember :]",
+        "results",
+        "(*self._told, *self._untold)[-self._results_max :]",
         "()",
     ),
     _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=12),

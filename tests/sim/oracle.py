@@ -15,7 +15,7 @@ import msgpack
 
 from idemq.broker.core import Connection, Group
 from idemq.broker.groups import OffsetKey, OffsetRow
-from idemq.broker.producers import ProducerRow
+from idemq.broker.producers import Advance, ProducerRow, advanced_by
 from idemq.client import wire
 from idemq.client.errors import IdemqError, LeaseLost, OutcomeUnknown
 from idemq.client.pipeline import Producer
@@ -298,12 +298,19 @@ class Oracle:
                     outputs[ask.input] += 1
                     if ask.is_dead_letter:
                         self._dead(life, ask.input)
-        for producer_id, row in group.producers.items():
+        for producer_id, change in group.producers.items():
+            row = life.rows.get(producer_id)
+            if not isinstance(change, Advance):
+                row = change
+            elif row is not None:
+                row = advanced_by(row, [change])
+            else:
+                raise Violation(f"producer {producer_id} is not there, and commits of it are stored")
             if row is not None:
                 self._row(life, row)
             life.rows[producer_id] = row
         for producer_id, numbers in seqs.items():
-            self._numbers(life, producer_id, numbers, group)
+            self._numbers(life, producer_id, numbers)
         for tx in touched:
             for ask in tx.asks:
                 if ask.number not in life.place:
@@ -360,10 +367,10 @@ class Oracle:
         if died_at is not None and died_at < self.asked_at[before]:
             raise Violation(f"{what} was taken from {before} by {after}, who was dead before {before} came")
 
-    def _numbers(self, life: Life, producer_id: int, numbers: list[int], group: Group) -> None:
+    def _numbers(self, life: Life, producer_id: int, numbers: list[int]) -> None:
         """The numbers of one producer in one group."""
         numbers.sort()
-        row = group.producers.get(producer_id)
+        row = life.rows.get(producer_id)
         ends = {} if row is None else {takeover.epoch: takeover.ended_at for takeover in row.takeovers}
         if row is not None and row.last_seq < numbers[-1]:
             raise Violation(f"producer {row.name} is at {row.last_seq}, {numbers[-1]} is stored")
