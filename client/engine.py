@@ -245,7 +245,7 @@ class Engine(Protocol):
         """Join a group: the member, and what it holds at once. `start…`: where the group begins, if it is new."""
 
     async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
-        """Move a group's positions forward, all or none. Raises LeaseLost."""
+        """Move at most `wire.APPENDS_MAX` positions forward, all or none. Raises LeaseLost, which names one of them."""
 
     async def seek(
         self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""

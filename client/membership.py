@@ -1,5 +1,4 @@
-"""One member of a group, pure: what it holds, what it reports, what an answer to a report changes, and which of the
-positions that it moves are moved already.
+"""One member of a group, pure: what it holds, what it reports, and what an answer to a report changes.
 
 A report says how things are, so it may be repeated, and a newer one takes the place of an older: only the answer to the
 newest is to be taken. It may not know a socket, a clock, a task, nor what is done with the partitions.
@@ -11,8 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import wire
-from .errors import LeaseLost
-from .wire import Held, Offset, TopicPartition
+from .wire import Held, TopicPartition
 
 
 class Changes(NamedTuple):
@@ -79,17 +77,3 @@ class Membership:
         """Finished with everything: the next report is the last."""
         self.held.clear()
         self._topics = []
-
-
-def left_to_move(entries: Sequence[Offset], lost: LeaseLost) -> list[Offset] | None:
-    """C6 for positions that move without a producer: which of these are still to be moved, now that this was answered.
-
-    The position that was refused is where it should be, if its lease ended there or further on; whether the others are,
-    too, asking again shows. None: it is not, or nobody knows, and the same for an entry that tells of attempts.
-    """
-    ended_at, where = lost.details.get("next"), lost.partitions
-    for entry in entries:
-        if (entry.topic_id, entry.partition) in where and entry.attempts is None:
-            moved = isinstance(ended_at, int) and ended_at >= entry.end
-            return [one for one in entries if one is not entry] if moved else None
-    return None

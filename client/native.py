@@ -29,7 +29,6 @@ from .engine import (
 from .errors import (
     BrokerBusy,
     IdemqError,
-    LeaseLost,
     OutcomeUnknown,
     ProducerFenced,
     RetriableError,
@@ -38,7 +37,7 @@ from .errors import (
     UnknownTopic,
     checked,
 )
-from .membership import Changes, Membership, left_to_move
+from .membership import Changes, Membership
 from .pipeline import Producer, Tally, Topic
 from .records import Receipt, Record
 from .wire import TopicPartition
@@ -164,17 +163,7 @@ class NativeEngine(Engine):
         return member, membership.take(answer)
 
     async def commit_offsets(self, offsets: Sequence[wire.Offset], timeout: float) -> None:
-        for start in range(0, len(offsets), wire.APPENDS_MAX):
-            some = list(offsets[start : start + wire.APPENDS_MAX])
-            while some:
-                try:
-                    await self._connection.ask(checked(wire.Commit(0, 0, -1, -1, [], some)), timeout)
-                    break
-                except LeaseLost as lost:
-                    left = left_to_move(some, lost)
-                    if left is None:
-                        raise
-                    some = left
+        await self._connection.ask(checked(wire.Commit(0, 0, -1, -1, [], list(offsets))), timeout)
 
     async def seek(
         self, group: str, key: TopicPartition, lease: int, to: int, timeout: float, member: str = ""

@@ -12,7 +12,8 @@ The rules of a group's positions:
   behind one that is not. Whatever ends badly, or nobody knows how, is taken back; the broker compares positions, so
   that what was stored after all is stored once. Whoever learns where the position is goes on there.
 - What an open block is about (`opened`) is passed by no transaction: it was handed out, and is not done with.
-- A plain commit is forward only. It moves what may be moved, and says of the rest why not.
+- A plain commit is forward only. It moves what may be moved, and says of the rest why not. A position whose lease ended
+  where it was to be, or behind, is moved already (C6 of `broker/PROTOCOL.md`).
 - Under another lease nothing of this one moves: a seek begins anew. The user goes on having the partition; that it
   comes and goes he is told by turns.
 - A partition that is revoked is given back when nothing of it is in hand: handed out and not done with, or on its way
@@ -263,10 +264,12 @@ class Commit:
 
     def __init__(self, moved: Sequence[Move]) -> None:
         self._left = list(moved)
+        """What is asked for, and, behind the first `wire.APPENDS_MAX`, what will be."""
         self._refused: TransactionAborted | None = None
 
     def entries(self) -> list[wire.Offset]:
-        """What is to be asked for now. With nothing left it raises LeaseLost or OffsetConflict, if any was refused."""
+        """What is to be asked for now, at once. With nothing left it raises LeaseLost or OffsetConflict, if any was
+        refused."""
         left, self._left = self._left, []
         refused = _refused(left)
         for move in left:
@@ -279,19 +282,26 @@ class Commit:
                 move.leased.pending += 1
         if not self._left and self._refused is not None:
             raise self._refused
-        return [move.leased.entry(move.leased.committed, move.end) for move in self._left]
+        return [move.leased.entry(move.leased.committed, move.end) for move in self._left[: wire.APPENDS_MAX]]
 
     def stored(self) -> None:
         """All that was asked for is."""
-        stored(self._left)
+        for move in self._left[: wire.APPENDS_MAX]:
+            _learned(move.leased, move.end)
+        _ended(self._left)
 
     def refused(self, error: BaseException) -> bool:
-        """Nothing of it is, or nobody knows. Are the others to be asked for, without those that this names?"""
+        """Nothing of it is, or nobody knows. Are the others to be asked for, without the one that this names?"""
         _ended(self._left)
-        others = [move for move in self._left if not _names(error, move.leased)]
-        if not isinstance(error, LeaseLost) or len(others) == len(self._left):
+        named = next((move for move in self._left if _names(error, move.leased)), None)
+        if named is None or not isinstance(error, LeaseLost):
             return False
-        self._left, self._refused = others, self._refused or error
+        ended_at = error.details.get("next")
+        if isinstance(ended_at, int) and ended_at >= named.end:
+            _learned(named.leased, named.end)
+        else:
+            self._left.remove(named)
+            self._refused = self._refused or error
         return True
 
 

@@ -320,6 +320,23 @@ async def test_of_a_commit_over_a_partition_whose_lease_ended_behind_it_the_othe
         assert await positions(mq) == {("in", 0): 5, ("in", 1): 5}
 
 
+@run
+async def test_of_a_commit_for_two_groups_a_lease_that_ended_in_one_says_nothing_of_the_other() -> None:
+    async with (
+        world(5) as (_, mq),
+        mq.subscribe("in", group="one") as one,
+        mq.subscribe("in", group="two") as two,
+    ):
+        ours, theirs = [await anext(sub.batches(max_messages=5, max_wait=0.2)) for sub in (one, two)]
+        assert (len(ours), len(theirs)) == (5, 5)
+        await mq._engine.commit_offsets([Offset("two", theirs[0][0].header.topic_id, 0, theirs[0].lease, 0, 5)], 5)
+        await two.close()
+        async with mq.subscribe("in", group="two") as third:
+            await third.open()
+            await one.commit([*ours, *theirs])
+        assert await positions(mq, "one") == {("in", 0): 5}
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from idemq.client.errors import LeaseLost
-from idemq.client.membership import Changes, Membership, left_to_move
-from idemq.client.wire import Assignment, Held, Lease, Offset, TopicPartition
+from idemq.client.membership import Changes, Membership
+from idemq.client.wire import Assignment, Held, Lease, TopicPartition
 
 ONE, TWO = TopicPartition(1, 0), TopicPartition(1, 1)
 
@@ -57,24 +54,3 @@ def test_the_start_and_the_promise_go_with_every_report() -> None:
     report = member.report(1000)
     assert report[:3] == ("g", "m", [1, 2])
     assert (report.start_ms, report.start_offset, report.in_hand_max, report.wait_ms) == (5, 6, 3, 1000)
-
-
-def refused(key: TopicPartition, ended_at: int | None) -> LeaseLost:
-    return LeaseLost("lost", details={"topic_id": key.topic_id, "partition": key.partition, "next": ended_at})
-
-
-def test_a_position_whose_lease_ended_behind_it_is_moved_and_the_others_are_not_yet() -> None:
-    one, two = Offset("g", *ONE, 7, 0, 5), Offset("g", *TWO, 8, 0, 9)
-    assert left_to_move([one, two], refused(ONE, 5)) == [two]
-    assert left_to_move([one, two], refused(TWO, 10)) == [one]
-    assert left_to_move([one], refused(ONE, 5)) == []
-
-
-@pytest.mark.parametrize("ended_at", [4, None], ids=["it ended in front of it", "nobody knows where"])
-def test_a_position_that_may_not_be_moved_is_lost(ended_at: int | None) -> None:
-    assert left_to_move([Offset("g", *ONE, 7, 0, 5), Offset("g", *TWO, 8, 0, 9)], refused(ONE, ended_at)) is None
-
-
-def test_attempts_are_not_known_to_be_stored_by_where_a_lease_ended() -> None:
-    assert left_to_move([Offset("g", *ONE, 7, 5, 5, None, 2)], refused(ONE, 5)) is None
-    assert left_to_move([Offset("g", *ONE, 7, 0, 5)], refused(TWO, 5)) is None

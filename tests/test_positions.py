@@ -302,6 +302,50 @@ def test_of_a_commit_what_is_lost_or_taken_back_does_not_hold_up_the_others() ->
         commit.entries()
 
 
+@pytest.mark.parametrize("ended_at", [2, 3], ids=["there", "behind"])
+def test_a_position_whose_lease_ended_where_it_was_to_be_or_behind_is_moved_and_the_others_are_not_yet(
+    ended_at: int,
+) -> None:
+    member, other = Member(), Member("h")
+    lost, good, theirs = member.grant(handed=2), member.grant(partition=1, handed=2), other.grant(handed=1)
+    commit = Commit([Move(theirs, 0, 1), Move(lost, 0, 2), Move(good, 0, 2)])
+    commit.entries()
+    assert commit.refused(refusal_of("LEASE_LOST", lost, ended_at))
+    assert (lost.committed, good.committed, theirs.committed) == (2, 0, 0)
+    assert [entry[0:3:2] for entry in commit.entries()] == [("h", 0), ("g", 1)]
+    assert (lost.pending, good.pending, theirs.pending) == (0, 1, 1)
+    commit.stored()
+    assert commit.entries() == [], "and nothing was refused"
+
+
+@pytest.mark.parametrize("ended_at", [1, None], ids=["in front of it", "nobody knows where"])
+def test_a_position_whose_lease_ended_elsewhere_is_lost(ended_at: int | None) -> None:
+    lost = Member().grant(handed=2)
+    commit = Commit([Move(lost, 0, 2)])
+    commit.entries()
+    assert commit.refused(error := refusal_of("LEASE_LOST", lost, ended_at))
+    with pytest.raises(LeaseLost) as raised:
+        commit.entries()
+    assert (raised.value, lost.committed, lost.pending) == (error, 0, 0)
+
+
+def test_what_is_too_much_for_one_request_is_asked_for_in_several_and_stays_in_hand_until_it_is_stored() -> None:
+    member = Member()
+    held = [member.grant(partition=index, handed=1) for index in range(wire.APPENDS_MAX + 2)]
+    commit = Commit([Move(leased, 0, 1) for leased in held])
+    assert len(commit.entries()) == wire.APPENDS_MAX
+    assert {leased.pending for leased in held} == {1}
+    commit.stored()
+    assert [leased.committed for leased in held] == [1] * wire.APPENDS_MAX + [0, 0]
+    assert [entry.partition for entry in commit.entries()] == [wire.APPENDS_MAX, wire.APPENDS_MAX + 1]
+    assert commit.refused(refusal_of("LEASE_LOST", held[-1]))
+    assert [entry.partition for entry in commit.entries()] == [wire.APPENDS_MAX]
+    commit.stored()
+    with pytest.raises(LeaseLost):
+        commit.entries()
+    assert {leased.pending for leased in held} == {0}
+
+
 def test_messages_that_are_handed_out_again_do_not_hold_up_the_same_once_they_are() -> None:
     member = Member()
     stale = member.grant(handed=2)

@@ -439,7 +439,8 @@ async def test_a_plain_commit_whose_answer_was_lost_with_the_lease_is_stored(mon
         engine: Any = mq._engine
 
         async def lost(request: Any, timeout: float) -> None:
-            raise idemq.LeaseLost("", details={"topic_id": one.reading.key[0], "partition": 0, "next": ended_at})
+            where = {"group": "g", "topic_id": one.reading.key[0], "partition": 0}
+            raise idemq.LeaseLost("", details={**where, "next": ended_at})
 
         monkeypatch.setattr(engine._connection, "ask", lost)
         ended_at: int | None = 5
