@@ -150,10 +150,10 @@ class GroupConsumer:
                 self._member.give_back(key)
             self._reader.remove(given_back)
 
-    async def _call(self, callback: Callback | None, partitions: list[Leased], told: bool) -> None:
+    async def _call(self, callback: Callback | None, partitions: list[Leased], assigned: bool) -> None:
         """One callback at a time."""
         async with self._callbacks:
-            news = self.positions.news(partitions, told)
+            news = self.positions.news(partitions, assigned)
             if callback is not None and news:
                 result = callback([leased.reading.name for leased in news])
                 if inspect.isawaitable(result):

@@ -355,7 +355,7 @@ class Positions:
         self.held.update({leased.reading.key: leased for leased in granted})
         return granted, revoked, lost
 
-    def news(self, partitions: Iterable[Leased], told: bool) -> list[Leased]:
+    def news(self, partitions: Iterable[Leased], assigned: bool) -> list[Leased]:
         """Of which of these the user is to be told, now: of each that it is assigned, then, once, that it no longer is.
 
         Not of what is gone again already, nor that it goes if he has sought there meanwhile, and it is held on."""
@@ -364,8 +364,8 @@ class Positions:
             now = self.held.get(leased.reading.key, leased)
             if now.tenure != leased.tenure:
                 now = leased
-            is_over = now.state == "gone" if told else now is not leased and now.state == "held"
-            if (leased.tenure in self._told) != told and not is_over:
+            is_over = now.state == "gone" if assigned else now is not leased and now.state == "held"
+            if (leased.tenure in self._told) != assigned and not is_over:
                 self._told ^= {leased.tenure}
                 news.append(leased)
         return news

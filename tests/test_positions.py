@@ -888,10 +888,10 @@ class Anything(RuleBasedStateMachine):
     def call(self) -> None:
         self.calls.pop(0)()
 
-    def tell(self, partitions: list[Leased], told: bool) -> None:
-        for leased in self.positions.news(partitions, told):
-            assert self.told[leased.reading.key] is not told, "assigned, then no longer, by turns"
-            self.told[leased.reading.key] = told
+    def tell(self, partitions: list[Leased], assigned: bool) -> None:
+        for leased in self.positions.news(partitions, assigned):
+            assert self.told[leased.reading.key] is not assigned, "assigned, then no longer, by turns"
+            self.told[leased.reading.key] = assigned
 
     # ---------------------------------------------------------------------------------------------------- the broker
 
