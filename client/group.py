@@ -18,7 +18,7 @@ from typing import Any
 from . import wire
 from .engine import Engine, EngineMember, TopicInfo
 from .errors import IdemqError, ProducerFenced, TransactionAborted
-from .positions import Commit, Leased, Move, Positions, lost
+from .positions import Leased, Move, PlainCommit, Positions, lease_lost
 from .reader import Reader
 from .wire import TopicPartition
 
@@ -179,7 +179,7 @@ class GroupConsumer:
     async def commit(self, moved: Sequence[Move], timeout: float | None = None) -> None:
         """Move positions forward without a transaction. Raises LeaseLost for those lost, and OffsetConflict for those
         that were taken back: they would pass what is handed out again. The others are moved."""
-        commit = Commit(moved)
+        commit = PlainCommit(moved)
         while entries := commit.entries():
             try:
                 await self._engine.commit_offsets(entries, self._timeout if timeout is None else timeout)
@@ -214,7 +214,7 @@ class GroupConsumer:
                 self.positions.group, key, leased.lease, to, self._timeout, self._member.name
             )
         except ProducerFenced:
-            raise lost(leased) from None
+            raise lease_lost(leased) from None
         again = self.positions.sought(leased, answer)
         if again is not None:
             self._member.sought(key, again.lease)

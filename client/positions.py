@@ -1,6 +1,6 @@
 """Where reading stands in each partition, pure: what is fetched, handed out, about to be stored and stored.
 
-    stored <= planned <= handed out <= fetched
+    committed <= planned <= delivered <= fetched
 
 The rules of a group's positions:
 
@@ -12,8 +12,8 @@ The rules of a group's positions:
   behind one that is not. Whatever ends badly, or nobody knows how, is taken back; the broker compares positions, so
   that what was stored after all is stored once. Whoever learns where the position is goes on there.
 - What an open block is about (`opened`) is passed by no transaction: it was handed out, and is not done with.
-- A plain commit is forward only. It moves what may be moved, and says of the rest why not. A position whose lease ended
-  where it was to be, or behind, is moved already (C6 of `broker/PROTOCOL.md`).
+- A plain commit (`PlainCommit`) is forward only. It moves what may be moved, and says of the rest why not. A position
+  whose lease ended where it was to be, or behind, is moved already (C6 of `broker/PROTOCOL.md`).
 - Under another lease nothing of this one moves: a seek begins anew. The user goes on having the partition; that it
   comes and goes he is told by turns.
 - A partition that is revoked is given back when nothing of it is in hand: handed out and not done with, or on its way
@@ -21,7 +21,8 @@ The rules of a group's positions:
 - That an attempt begins or has ended is numbered (rule 18 of `broker/PROTOCOL.md`): taking back ends the one that is
   under way, and a position that moves ends it by itself.
 
-It may not know a task, a clock, a connection, nor who reads and handles; what it decides is done by `group.py`.
+It may not know a task, a clock, a connection, nor who reads and handles; what it decides is done by `group.py` and, for
+transactions, by `transaction.py`.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ Piece = tuple[StoredBatch, int, int]
 class Reading:
     """Where reading one partition stands."""
 
-    __slots__ = ("bytes", "delivered", "delivery", "end", "key", "paused", "pieces", "position", "topic", "turn")
+    __slots__ = ("bytes", "delivered", "delivery", "end", "fetched", "key", "paused", "pieces", "served_last", "topic")
 
-    def __init__(self, topic: str, key: TopicPartition, position: int, end: int, delivery: Delivery = UNLEASED) -> None:
+    def __init__(self, topic: str, key: TopicPartition, start: int, end: int, delivery: Delivery = UNLEASED) -> None:
         self.topic = topic
         self.key = key
-        self.position = position
+        self.fetched = start
         """The next offset to fetch."""
-        self.delivered = position
+        self.delivered = start
         """The next offset to hand out."""
         self.end = end
         """Where the partition ended at the last fetch."""
@@ -60,8 +61,8 @@ class Reading:
         self.pieces: deque[Piece] = deque()
         """What is fetched and not handed out."""
         self.bytes = 0
-        self.turn = 0
-        """The lowest is asked for first."""
+        self.served_last = 0
+        """Its number when it last got something, or nobody did: the lowest is asked for first."""
 
     @property
     def name(self) -> tuple[str, int]:
@@ -154,13 +155,13 @@ class Move:
 def moves(what: object) -> list[Move]:
     """Where positions go when these are done with: a message, a batch, or messages. Raises InvalidRequest."""
     found: dict[Leased, Move] = {}
-    for stored, start, stop in _pieces(what):
-        leased = stored.delivery
+    for batch, start, stop in _pieces(what):
+        leased = batch.delivery
         if not isinstance(leased, Leased):
             raise InvalidRequest("a position belongs to a group: subscribe(…, group=NAME)")
-        move = found.setdefault(leased, Move(leased, stored.offset + start, 0))
-        move.first = min(move.first, stored.offset + start)
-        move.end = max(move.end, stored.offset + stop)
+        move = found.setdefault(leased, Move(leased, batch.offset + start, 0))
+        move.first = min(move.first, batch.offset + start)
+        move.end = max(move.end, batch.offset + stop)
     return list(found.values())
 
 
@@ -196,11 +197,11 @@ def plan(moved: Sequence[tuple[Move, bytes | None]]) -> list[wire.Offset]:
     It is under way then, until `stored` or `aborted`.
     """
     entries: list[wire.Offset] = []
-    refused = _refused(move for move, _ in moved)
+    immovable = _immovable(move for move, _ in moved)
     for move, metadata in moved:
         leased = move.leased
-        if leased in refused:
-            raise refused[leased]
+        if leased in immovable:
+            raise immovable[leased]
         if move.first < leased.planned:
             raise _conflict(move, "was committed before")
         if any(leased.planned <= other.first < move.first for other in leased.open):
@@ -220,7 +221,7 @@ def stored(moved: Sequence[Move]) -> None:
 
 
 def _learned(leased: Leased, at: int) -> None:
-    """The position is stored there, also for those whose messages are handed out again since; not of what is stored."""
+    """The position is stored there. What was taken back since knows it, too: nothing in front is handed out again."""
     leased.moved(at)
     now = leased.positions.held.get(leased.reading.key)
     if now is not None and now is not leased and now.lease == leased.lease:
@@ -258,30 +259,31 @@ def rewind(moved: Iterable[Move], error: BaseException | None = None) -> None:
 # --------------------------------------------------------------------------------------------- without a transaction
 
 
-class Commit:
+class PlainCommit:
     """Positions that move forward without a transaction: those that are lost or were taken back do not hold up the
     others. Ask for `entries()`, say how it ended (`stored`, `refused`), and again, until nothing is to be asked for."""
 
     def __init__(self, moved: Sequence[Move]) -> None:
         self._left = list(moved)
         """What is asked for, and, behind the first `wire.APPENDS_MAX`, what will be."""
-        self._refused: TransactionAborted | None = None
+        self._refusal: TransactionAborted | None = None
+        """Of the first that was refused."""
 
     def entries(self) -> list[wire.Offset]:
         """What is to be asked for now, at once. With nothing left it raises LeaseLost or OffsetConflict, if any was
         refused."""
         left, self._left = self._left, []
-        refused = _refused(left)
+        immovable = _immovable(left)
         for move in left:
             if move.end <= move.leased.committed:
                 continue
-            if move.leased in refused:
-                self._refused = self._refused or refused[move.leased]
+            if move.leased in immovable:
+                self._refusal = self._refusal or immovable[move.leased]
             else:
                 self._left.append(move)
                 move.leased.pending += 1
-        if not self._left and self._refused is not None:
-            raise self._refused
+        if not self._left and self._refusal is not None:
+            raise self._refusal
         return [move.leased.entry(move.leased.committed, move.end) for move in self._left[: wire.APPENDS_MAX]]
 
     def stored(self) -> None:
@@ -301,11 +303,11 @@ class Commit:
             _learned(named.leased, named.end)
         else:
             self._left.remove(named)
-            self._refused = self._refused or error
+            self._refusal = self._refusal or error
         return True
 
 
-def _refused(moved: Iterable[Move]) -> dict[Leased, TransactionAborted]:
+def _immovable(moved: Iterable[Move]) -> dict[Leased, TransactionAborted]:
     """Where nothing moves any more, and why: messages that are handed out again, and all leases of a partition but the
     last of these."""
     found: dict[Leased, TransactionAborted] = {}
@@ -315,7 +317,7 @@ def _refused(moved: Iterable[Move]) -> dict[Leased, TransactionAborted]:
         if leased.state == "stale":
             found[leased] = _conflict(move, "is handed out again")
         elif last.setdefault((leased.positions.group, leased.reading.key), leased) is not leased:
-            found[leased] = lost(leased)
+            found[leased] = lease_lost(leased)
     return found
 
 
@@ -424,7 +426,7 @@ class Positions:
         key = leased.reading.key
         held = self.held.get(key)
         if held is None or held.lease not in (leased.lease, answer.lease):
-            raise lost(leased)
+            raise lease_lost(leased)
         if held.lease == answer.lease:
             return None
         again = held.again(wire.Lease(*key, answer.lease, answer.next, 0, 0, None))
@@ -434,7 +436,7 @@ class Positions:
         return again
 
 
-def lost(leased: Leased) -> LeaseLost:
+def lease_lost(leased: Leased) -> LeaseLost:
     """The error that says so."""
     return LeaseLost(f"{_place(leased)} was lost", details=_where(leased))
 

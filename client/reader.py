@@ -43,7 +43,7 @@ class Reader:
         self._on_truncated = on_truncated
         self._prefetch_bytes = prefetch_bytes
         self._buffered_bytes = 0
-        self._turn = 0
+        self._served = 0
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._fetching: asyncio.Task[None] | None = None
@@ -85,7 +85,7 @@ class Reader:
     def seek(self, one: Reading, position: int) -> None:
         """Go on from here in a partition."""
         self._drop(one)
-        one.position = one.delivered = position
+        one.fetched = one.delivered = position
         self._error = None
         self._fetch_again()
 
@@ -96,7 +96,7 @@ class Reader:
         one.paused = paused
         if paused:
             self._drop(one)
-            one.position = one.delivered
+            one.fetched = one.delivered
         else:
             self._fetch_again()
 
@@ -232,8 +232,8 @@ class Reader:
                 wanted = [one for one in self.readings.values() if not one.paused]
                 if not wanted:
                     return
-                ranked = sorted(wanted, key=lambda one: (one.bytes, one.turn))[:APPENDS_MAX]
-                ranges = [(*one.key, one.position) for one in ranked]
+                ranked = sorted(wanted, key=lambda one: (one.bytes, one.served_last))[:APPENDS_MAX]
+                ranges = [(*one.key, one.fetched) for one in ranked]
                 bytes_max = min(FETCH_BYTES, self._prefetch_bytes - self._buffered_bytes)
                 wait = FETCH_WAIT_S if len(ranked) == len(wanted) else FETCH_TURN_WAIT_S
                 parts = await self._engine.fetch(ranges, bytes_max, wait, self._number)
@@ -243,8 +243,8 @@ class Reader:
                     self._arrive(one, part)
                 # Whoever got something goes behind the others; with nothing for anybody all that were asked for go.
                 for one in [one for one, _ in arrived] or ranked:
-                    self._turn += 1
-                    one.turn = self._turn
+                    self._served += 1
+                    one.served_last = self._served
         except IdemqError as error:
             self._error = error
             self._changed.set()
@@ -253,7 +253,7 @@ class Reader:
         if part.code:
             if not (part.code == Code.OFFSET_TRUNCATED and self._on_truncated == "earliest"):
                 raise _refusal(one, part)
-            one.position = part.earliest
+            one.fetched = part.earliest
             if not one.pieces:
                 one.delivered = part.earliest
             return
@@ -263,16 +263,16 @@ class Reader:
             if (stored.header.topic_id, stored.header.partition) != one.key:
                 raise ChecksumMismatch(f"a batch of another partition lies at {offset} of {one.topic!r}")
             count = stored.header.records
-            start = one.position - offset
+            start = one.fetched - offset
             if not 0 <= start < count:
-                raise ChecksumMismatch(f"asked for {one.position} of {one.topic!r}, got {offset}")
+                raise ChecksumMismatch(f"asked for {one.fetched} of {one.topic!r}, got {offset}")
             stored.delivery = one.delivery
             if not one.pieces:
                 self.ready.append(one)
             one.pieces.append((stored, start, count))
             one.bytes += stored.header.body_length + BATCH_BYTES
             self._buffered_bytes += stored.header.body_length + BATCH_BYTES
-            one.position = offset + count
+            one.fetched = offset + count
         if part.batches:
             self._changed.set()
 
@@ -280,7 +280,7 @@ class Reader:
 def _refusal(one: Reading, part: FetchedPart) -> IdemqError:
     name = one.topic
     if part.code == Code.OFFSET_TRUNCATED:
-        missed = part.earliest - one.position
+        missed = part.earliest - one.fetched
         details = {"missed": missed, "earliest": part.earliest, "partition": part.partition}
         return OffsetTruncated(f"{missed} messages of partition {part.partition} of {name!r} are gone", details=details)
     if part.code == Code.UNKNOWN_TOPIC:

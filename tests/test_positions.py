@@ -30,7 +30,19 @@ from idemq.client.errors import (
     from_refusal,
 )
 from idemq.client.membership import Changes
-from idemq.client.positions import Commit, Leased, Move, Positions, aborted, closed, moves, opened, plan, rewind, stored
+from idemq.client.positions import (
+    Leased,
+    Move,
+    PlainCommit,
+    Positions,
+    aborted,
+    closed,
+    moves,
+    opened,
+    plan,
+    rewind,
+    stored,
+)
 from idemq.client.source import Batch
 from idemq.client.wire import TopicPartition
 
@@ -97,7 +109,7 @@ def test_a_message_is_handed_out_planned_taken_back_handed_out_again_and_stored(
     assert (leased.state, leased.pending, leased.committed) == ("stale", 0, 3)
     [(again, ended)] = member.taken_back
     assert (again, ended) == (member.now(), None)
-    assert (again.reading.position, again.reading.delivered, again.state) == (3, 3, "held")
+    assert (again.reading.fetched, again.reading.delivered, again.state) == (3, 3, "held")
     with pytest.raises(OffsetConflict, match="message 4 of partition 0 of 't' is handed out again") as conflict:
         begin(Move(leased, 4, 5))
     assert conflict.value.expected == 3
@@ -122,7 +134,7 @@ def test_transactions_under_way_follow_each_other_and_what_is_behind_one_that_fa
     assert (leased.committed, leased.planned) == (2, 4)
     aborted([second])
     rewind([second], refusal_of("OFFSET_CONFLICT", leased, 2))
-    assert member.now().reading.position == 2
+    assert member.now().reading.fetched == 2
 
 
 def test_what_an_open_block_is_about_is_passed_by_no_transaction() -> None:
@@ -186,7 +198,7 @@ def test_whoever_is_told_where_the_position_is_goes_on_there(code: str, other: d
     begin(move)
     aborted([move])
     rewind([move], refusal_of(code, move.leased, 3, **other))
-    assert (member.now().reading.position, member.now().planned) == (expected, expected)
+    assert (member.now().reading.fetched, member.now().planned) == (expected, expected)
 
 
 def test_where_an_earlier_lease_was_says_nothing_of_a_later_one() -> None:
@@ -200,13 +212,13 @@ def test_where_an_earlier_lease_was_says_nothing_of_a_later_one() -> None:
         begin(late, early)
     assert conflict.value.expected == 2
     rewind([late, early], conflict.value)
-    assert member.now().reading.position == 0
+    assert member.now().reading.fetched == 0
 
 
 def test_errors_that_are_not_ours_say_nothing_of_positions() -> None:
     member = Member()
     rewind([Move(member.grant(handed=4), 0, 4)], OSError())
-    assert member.now().reading.position == 0
+    assert member.now().reading.fetched == 0
 
 
 def test_of_two_leases_of_one_partition_only_the_later_one_moves_it() -> None:
@@ -218,7 +230,7 @@ def test_of_two_leases_of_one_partition_only_the_later_one_moves_it() -> None:
         with pytest.raises(LeaseLost, match="partition 0 of 't' was lost") as lost:
             begin(*moved)
         assert lost.value.partitions == [(7, 0)]
-        commit = Commit([*moved, Move(theirs, 0, 2)])
+        commit = PlainCommit([*moved, Move(theirs, 0, 2)])
         assert {entry[:6] for entry in commit.entries()} == {("g", 7, 0, 5, 1, 3), ("h", 7, 0, 1, 0, 2)}
         commit.refused(OutcomeUnknown())
     assert len(begin(Move(new, 1, 3), Move(theirs, 0, 2))) == 2
@@ -234,7 +246,7 @@ def test_what_is_stored_after_it_was_taken_back_is_not_handed_out_again() -> Non
     rewind([late])
     again = member.now()
     stored([early])
-    assert (again.state, member.now().reading.position, len(member.taken_back)) == ("stale", 2, 2)
+    assert (again.state, member.now().reading.fetched, len(member.taken_back)) == ("stale", 2, 2)
 
 
 def test_what_was_handed_out_beyond_it_meanwhile_stays_in_hand() -> None:
@@ -265,23 +277,23 @@ def test_what_is_stored_under_one_lease_says_nothing_of_another() -> None:
 
 def test_a_commit_is_forward_only_and_has_nothing_to_say_of_what_is_stored() -> None:
     leased = Member().grant(3, handed=6)
-    commit = Commit([Move(leased, 3, 5)])
+    commit = PlainCommit([Move(leased, 3, 5)])
     assert commit.entries() == [wire.Offset("g", 7, 0, 1, 3, 5)]
     assert leased.pending == 1
     commit.stored()
     assert (leased.committed, leased.planned, leased.pending) == (5, 5, 0)
     assert commit.entries() == []
-    assert Commit([Move(leased, 3, 4), Move(leased, 3, 5)]).entries() == []
+    assert PlainCommit([Move(leased, 3, 4), Move(leased, 3, 5)]).entries() == []
 
 
 def test_a_commit_beside_a_transaction_leaves_its_plan() -> None:
     leased = Member().grant(handed=6)
     begin(Move(leased, 0, 4))
-    commit = Commit([Move(leased, 0, 2)])
+    commit = PlainCommit([Move(leased, 0, 2)])
     commit.entries()
     commit.stored()
     assert (leased.committed, leased.planned, leased.pending) == (2, 4, 1)
-    commit = Commit([Move(leased, 0, 3)])
+    commit = PlainCommit([Move(leased, 0, 3)])
     commit.entries()
     assert not commit.refused(OutcomeUnknown())
     assert (leased.committed, leased.planned, leased.pending) == (2, 4, 1)
@@ -291,7 +303,7 @@ def test_of_a_commit_what_is_lost_or_taken_back_does_not_hold_up_the_others() ->
     member = Member()
     back, lost, good = (member.grant(partition=index, handed=2) for index in range(3))
     rewind([Move(back, 0, 1)])
-    commit = Commit([Move(one, 0, 2) for one in (back, lost, good)])
+    commit = PlainCommit([Move(one, 0, 2) for one in (back, lost, good)])
     assert [entry.partition for entry in commit.entries()] == [1, 2]
     assert commit.refused(refusal_of("LEASE_LOST", lost))
     assert [entry.partition for entry in commit.entries()] == [2]
@@ -308,7 +320,7 @@ def test_a_position_whose_lease_ended_where_it_was_to_be_or_behind_is_moved_and_
 ) -> None:
     member, other = Member(), Member("h")
     lost, good, theirs = member.grant(handed=2), member.grant(partition=1, handed=2), other.grant(handed=1)
-    commit = Commit([Move(theirs, 0, 1), Move(lost, 0, 2), Move(good, 0, 2)])
+    commit = PlainCommit([Move(theirs, 0, 1), Move(lost, 0, 2), Move(good, 0, 2)])
     commit.entries()
     assert commit.refused(refusal_of("LEASE_LOST", lost, ended_at))
     assert (lost.committed, good.committed, theirs.committed) == (2, 0, 0)
@@ -321,7 +333,7 @@ def test_a_position_whose_lease_ended_where_it_was_to_be_or_behind_is_moved_and_
 @pytest.mark.parametrize("ended_at", [1, None], ids=["in front of it", "nobody knows where"])
 def test_a_position_whose_lease_ended_elsewhere_is_lost(ended_at: int | None) -> None:
     lost = Member().grant(handed=2)
-    commit = Commit([Move(lost, 0, 2)])
+    commit = PlainCommit([Move(lost, 0, 2)])
     commit.entries()
     assert commit.refused(error := refusal_of("LEASE_LOST", lost, ended_at))
     with pytest.raises(LeaseLost) as raised:
@@ -332,7 +344,7 @@ def test_a_position_whose_lease_ended_elsewhere_is_lost(ended_at: int | None) ->
 def test_what_is_too_much_for_one_request_is_asked_for_in_several_and_stays_in_hand_until_it_is_stored() -> None:
     member = Member()
     held = [member.grant(partition=index, handed=1) for index in range(wire.APPENDS_MAX + 2)]
-    commit = Commit([Move(leased, 0, 1) for leased in held])
+    commit = PlainCommit([Move(leased, 0, 1) for leased in held])
     assert len(commit.entries()) == wire.APPENDS_MAX
     assert {leased.pending for leased in held} == {1}
     commit.stored()
@@ -352,7 +364,7 @@ def test_messages_that_are_handed_out_again_do_not_hold_up_the_same_once_they_ar
     rewind([Move(stale, 0, 2)])
     new = member.hand_out(member.now(), 2)
     for moved in ([stale, new], [new, stale]):
-        commit = Commit([Move(leased, 0, 2) for leased in moved])
+        commit = PlainCommit([Move(leased, 0, 2) for leased in moved])
         assert [entry[4:6] for entry in commit.entries()] == [(0, 2)]
         assert (stale.pending, new.pending) == (0, 1)
         assert not commit.refused(OutcomeUnknown())
@@ -360,7 +372,7 @@ def test_messages_that_are_handed_out_again_do_not_hold_up_the_same_once_they_ar
 
 def test_the_first_refusal_is_the_one_that_is_told() -> None:
     member = Member()
-    commit = Commit([Move(member.grant(partition=index, handed=2), 0, 2) for index in range(3)])
+    commit = PlainCommit([Move(member.grant(partition=index, handed=2), 0, 2) for index in range(3)])
     commit.entries()
     assert commit.refused(first := refusal_of("LEASE_LOST", member.now(0)))
     commit.entries()
@@ -374,7 +386,7 @@ def test_the_first_refusal_is_the_one_that_is_told() -> None:
     new = member.grant(lease=5, handed=2)
     rewind([Move(back, 0, 2)])
     for moved, error in (([back, old, new], OffsetConflict), ([old, new, back], LeaseLost)):
-        commit = Commit([Move(leased, 0, 2) for leased in moved])
+        commit = PlainCommit([Move(leased, 0, 2) for leased in moved])
         assert [entry.lease for entry in commit.entries()] == [5]
         assert commit.refused(refusal_of("LEASE_LOST", new))
         with pytest.raises(error):
@@ -384,7 +396,7 @@ def test_the_first_refusal_is_the_one_that_is_told() -> None:
 def test_what_is_taken_back_while_a_commit_is_under_way_is_not_asked_for_again() -> None:
     member = Member()
     lost, back = member.grant(handed=2), member.grant(partition=1, handed=2)
-    commit = Commit([Move(lost, 0, 2), Move(back, 0, 2)])
+    commit = PlainCommit([Move(lost, 0, 2), Move(back, 0, 2)])
     commit.entries()
     rewind([Move(back, 0, 2)])
     error = refusal_of("LEASE_LOST", lost)
@@ -404,7 +416,7 @@ def test_a_refusal_that_names_none_of_them_ends_a_commit() -> None:
         OutcomeUnknown(),
         KeyboardInterrupt(),
     ):
-        commit = Commit([Move(leased, 0, 2)])
+        commit = PlainCommit([Move(leased, 0, 2)])
         commit.entries()
         assert not commit.refused(error)
         assert leased.pending == 0
@@ -429,7 +441,7 @@ def test_what_is_lost_is_held_no_longer_when_it_is_granted_again() -> None:
         4,
         b"theirs",
     )
-    assert (new.reading.name, new.reading.delivery, new.reading.position) == (("t", 0), new, 2)
+    assert (new.reading.name, new.reading.delivery, new.reading.fetched) == (("t", 0), new, 2)
 
 
 def test_a_partition_is_given_back_when_nothing_of_it_is_in_hand() -> None:
@@ -541,7 +553,7 @@ def test_a_seek_begins_anew_under_another_lease() -> None:
     again = member.positions.sought(leased, wire.Sought(5, 1))
     assert again is member.now()
     assert again is not None
-    assert (again.lease, again.committed, again.reading.position, again.reading.end) == (5, 1, 1, 9)
+    assert (again.lease, again.committed, again.reading.fetched, again.reading.end) == (5, 1, 1, 9)
     assert (again.attempts, again.suspects_end, again.metadata, again.turns, again.state) == (0, 0, None, 0, "held")
     assert (leased.state, member.taken_back) == ("gone", [])
     assert member.positions.sought(leased, wire.Sought(5, 1)) is None, "a heartbeat had told it already"
@@ -713,11 +725,11 @@ class Anything(RuleBasedStateMachine):
             those = [
                 one
                 for one in self.generations
-                if one.reading.key == key and one.reading.position < one.reading.delivered
+                if one.reading.key == key and one.reading.fetched < one.reading.delivered
             ]
             back = data.draw(st.lists(st.integers(1, len(those)), min_size=1, max_size=2, unique=True)) if those else []
             for leased in [those[-number] for number in back]:
-                first = data.draw(st.integers(leased.reading.position, leased.reading.delivered - 1))
+                first = data.draw(st.integers(leased.reading.fetched, leased.reading.delivered - 1))
                 found.append(Move(leased, first, data.draw(st.integers(first + 1, leased.reading.delivered))))
         return found
 
@@ -756,9 +768,9 @@ class Anything(RuleBasedStateMachine):
     @rule(data=st.data(), everything=st.booleans())
     def plainly(self, data: st.DataObject, everything: bool) -> None:
         moved = self.positions.delivered() if everything else self.some(data)
-        self.go_on(Commit(moved), moved)
+        self.go_on(PlainCommit(moved), moved)
 
-    def go_on(self, commit: Commit, moved: list[Move]) -> None:
+    def go_on(self, commit: PlainCommit, moved: list[Move]) -> None:
         try:
             entries = commit.entries()
         except TransactionAborted:
@@ -829,7 +841,7 @@ class Anything(RuleBasedStateMachine):
                 with suppress(LeaseLost):
                     again = self.positions.sought(leased, answer)
                     if again is not None:
-                        assert (again.reading.position, again.reading.paused) == (answer.next, False)
+                        assert (again.reading.fetched, again.reading.paused) == (answer.next, False)
                         self.generations.append(again)
                         self.calls.append(lambda: self.tell([again], True))
 
@@ -953,7 +965,7 @@ class Anything(RuleBasedStateMachine):
         for leased in self.held:
             row = self.rows[leased.reading.key]
             if leased.lease == row.lease:
-                assert leased.reading.position <= row.next
+                assert leased.reading.fetched <= row.next
                 assert leased.committed <= row.next
                 assert self.known.get(leased.lease, 0) <= row.next
 
