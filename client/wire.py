@@ -683,7 +683,7 @@ class Facts(NamedTuple):
     reply: type[Any]
     reply_code: int
     decided: bool
-    """The reply may rest on state that is decided and not yet durable, so the core releases it with its group."""
+    """The reply may rest on state that is decided and not yet durable: the core releases it with its group commit."""
 
 
 REQUESTS: dict[type[Any], Facts] = {
