@@ -1,9 +1,10 @@
 """What a client says to its broker, decided, pure: numbers, what is in flight, what an answer means, when to try again.
 
 The rules C1 to C10 of broker/PROTOCOL.md live here, over the state in `pipeline.py`, and nowhere else; but for what C6
-says of positions that move without a producer, which is `positions.py`'s. A session is one client's dealings with a
-broker: at most one connection at a time, any number of producers on it. It may not know a socket, a clock, a task or a
-future: time (`now`, monotonic seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
+says of positions that move without a producer, which is `positions.py`'s, and what C4 means for whoever waits to be put
+in line, who waits in the shell (`native.py`). A session is one client's dealings with a broker: at most one connection
+at a time, any number of producers on it. It may not know a socket, a clock, a task or a future: time (`now`, monotonic
+seconds) and randomness come in; whoever waits is an opaque `waiter`. The shell calls in,
 
     connected, received, disconnected, tick          what the connection and the clock do
     call, open, enqueue, enqueue_many, transact …    what the user wants
