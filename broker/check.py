@@ -181,7 +181,7 @@ class _Walk:
                 count += 1
                 yield key, value
         entries = self._txn.stat(handle)["entries"]
-        self._expect(count == entries, table.value, f"{count} entries are there, and {entries} should be")
+        self._expect(count == entries, table.value, f"entries: {count} are there, and {entries} should be")
         self._report.rows[table.value] = count
 
     def _decoded(self, table: Table, decode: Callable[[bytes, bytes], Any]) -> Iterator[tuple[bytes, Any]]:

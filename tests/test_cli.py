@@ -85,7 +85,7 @@ class Broker:
         """What a numbered load prints that was begun before, which it says."""
         done = self.idemq("pub", *argv, "--json", input=input)
         assert (done.returncode, done.stderr.count("\n")) == (0, 1)
-        assert "lines of this input are skipped by number" in done.stderr
+        assert "at the start of this input are skipped by number" in done.stderr
         return json.loads(done.stdout)
 
     def last_seq(self, producer: str) -> int:
@@ -336,7 +336,7 @@ def test_3_fenced(broker: Broker, topic: str) -> None:
         assert first.wait(SECONDS_MAX) == errors.FENCED
         said = first.stderr.read().decode()
     assert "PRODUCER_FENCED" in said
-    assert "1 lines were sent before: 1 stored now, 0 stored before." in said
+    assert "Sent before: 1 line, 1 stored now, 0 stored before." in said
     assert "Traceback" not in said
 
 
@@ -400,7 +400,7 @@ def test_1_what_may_be_stored_and_has_no_number_is_to_be_looked_for(tmp_path: Pa
             load.stdin.write(b"three\n")
             load.stdin.close()
             code, said = load.wait(SECONDS_MAX), load.stderr.read().decode()
-    assert "1 lines were sent before: 1 stored now, 0 stored before.\n" in said
+    assert "Sent before: 1 line, 1 stored now, 0 stored before.\n" in said
     assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
     assert code == errors.FAILURE
     for text in (done.stderr, said):
@@ -537,7 +537,7 @@ def test_a_load_says_that_the_broker_is_away_and_on_ctrl_c_how_far_it_came(tmp_p
             load.send_signal(signal.SIGINT)
             assert load.wait(SECONDS_MAX) == 130
             said = load.stderr.read().decode()
-    assert said == "2 lines are stored: the same command with the same input goes on behind them.\n"
+    assert said == "Stored: 2 lines. The same command with the same input goes on from there.\n"
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(broker: Broker, topic: str) -> None:
@@ -665,10 +665,14 @@ def test_progress_is_cut_to_the_width_of_now(monkeypatch: pytest.MonkeyPatch) ->
     now = 100.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
     progress = output.Progress("lines")
-    for columns, expected in ((20, "1,000 lines, 1,000/"), (80, "1,000 lines, 500/s, much that is told of them")):
+    for columns, count, expected in (
+        (20, 1000, "1,000 lines, 1,000/"),
+        (80, 1000, "1,000 lines, 500/s, much that is told of them"),
+        (80, 1, "1 line, 0/s, much that is told of them"),
+    ):
         monkeypatch.setenv("COLUMNS", str(columns))
         now += 1.0
-        progress.update(1000, extra="much that is told of them")
+        progress.update(count, extra="much that is told of them")
         shown = sys.stderr.getvalue().split("\r")[-1]  # type: ignore[attr-defined]
         assert shown == f"{expected}\x1b[K"
         assert len(expected) < columns
@@ -968,12 +972,12 @@ def test_a_name_used_for_another_input_is_told(broker: Broker, topic: str) -> No
     assert broker.json("pub", topic, "-", "--producer", name, input="1\n2\n3\n")["stored"] == 3
     done = broker.idemq("pub", topic, "--producer", name, input="1\n2\n3\n4\n")
     assert done.returncode == 0
-    assert f"{name} had already sent 3 lines (last_seq 2): the first 3 lines of this input are skipped" in done.stderr
+    assert f"{name} had already sent 3 lines (last_seq 2): as many at the start of this input" in done.stderr
     assert "One producer name belongs to one input" in done.stderr
-    for shorter in ("a\nb\n", ""):
+    for shorter, lines in (("a\nb\n", "2 lines"), ("a\n", "1 line"), ("", "0 lines")):
         done = broker.idemq("pub", topic, "--producer", name, input=shorter)
         assert (done.returncode, done.stdout) == (errors.USAGE, "")
-        assert f"This input has {shorter.count(chr(10))} lines, and {name} had sent 4" in done.stderr
+        assert f"This input has {lines}, and {name} had sent 4" in done.stderr
     assert broker.lines("sub", topic, "--exit-at-end") == ["1", "2", "3", "4"]
 
 

@@ -240,6 +240,16 @@ def test_a_broken_promise_is_told_first(bad: Any, capsys: pytest.CaptureFixture[
     assert "the promise does not hold" in capsys.readouterr().err
 
 
+def test_one_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for result, said in (
+        (replace(GOOD, dedup=False, duplicated=1), "retries stored 1 message again"),
+        (GOOD_GROUPS, "although 1 zombie came"),
+        (GOOD_EFFECTS, "Shown: 1 plain row too many"),
+    ):
+        conclude(result)
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_is_compared() -> None:
     wanted = {b"a", b"b", b"c"}
     assert demo_groups.compare(wanted, Counter(wanted)) == (0, 0, 0)

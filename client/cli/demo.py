@@ -30,7 +30,7 @@ from .arguments import Command, Parser
 from .demo_groups import EffectsResult, GroupResult, compare, kill, read_back
 from .errors import FAILURE, OK, CommandError
 from .loader import CHUNK, TOPIC, Said, value, write_position
-from .output import Progress, emit, record, say, tell
+from .output import Progress, counted, emit, record, say, tell
 
 MESSAGES = 20_000
 PARTITIONS = 3
@@ -194,7 +194,7 @@ class _Demo:
 
     def _show(self, link: Link) -> None:
         counts = link.counts
-        faults = f"{counts.cuts} cuts, {counts.replies_lost} replies lost, {counts.late_deliveries} late deliveries"
+        faults = f"cuts: {counts.cuts}, replies lost: {counts.replies_lost}, late: {counts.late_deliveries}"
         self._progress.update(self._done, extra=faults)
 
     def _tell(self, what: str) -> None:
@@ -297,13 +297,14 @@ def _conclude(result: Result) -> None:
     elif result.dedup:
         tell("Promised: what is sent again is stored once, whatever is killed and whatever the network does.")
         tell(
-            f"Shown: {result.messages_in:,} messages sent, and each found exactly once when the log was read back, "
-            f"although {result.retries_absorbed:,} of them were sent again: the broker knew them by their numbers."
+            f"Shown: {result.messages_in:,} messages sent, {result.retries_absorbed:,} of them more than once, and "
+            "each found exactly once when the log was read back: the broker knew them by their numbers."
         )
         tell("Not shown, nor promised: the loss of the disk.")
         tell(f"The same kind of faults without dedup: idemq demo --without-dedup --seed {result.seed}")
     else:
-        tell(f"Shown: without dedup retries stored {result.duplicated:,} messages again, and nothing was lost.")
+        doubled = counted(result.duplicated, "message")
+        tell(f"Shown: without dedup retries stored {doubled} again, and nothing was lost.")
         tell("That is at least once, and what a retry does where nobody remembers numbers.")
         tell(f"The same kind of faults with dedup: idemq demo --seed {result.seed}")
 
@@ -317,7 +318,8 @@ def _conclude_groups(result: GroupResult, seed: int) -> None:
         tell("Promised: what a worker makes of a message is stored together with its group's position, or not at all.")
         tell(
             f"Shown: {result.inputs:,} messages, and exactly one output of each when the log was read back, although "
-            f"{result.zombies_refused} zombies came with results that others had stored by then: they were refused."
+            f"{counted(result.zombies_refused, 'zombie')} came with results that others had stored by then: they were "
+            "refused."
         )
         tell("Not promised: once for what a worker does elsewhere, as in your database. See: idemq demo --effects")
 
@@ -329,8 +331,9 @@ def _conclude_effects(result: EffectsResult) -> None:
         tell(f"FAILED: nothing was doubled, or too little went wrong. Try another seed than {result.seed}.")
     else:
         tell(
-            f"Shown: {result.plain_doubled:,} plain rows too many. When a worker is killed behind its write and before "
-            "the commit of its position, another one is handed the same messages: at least once. No broker can know."
+            f"Shown: {counted(result.plain_doubled, 'plain row')} too many. When a worker is killed behind its "
+            "write and before the commit of its position, another one is handed the same messages: at least once. No "
+            "broker can know."
         )
         tell("With message.uid as the key there is none: it stays the same, however often a message is delivered.")
 

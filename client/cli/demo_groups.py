@@ -314,7 +314,7 @@ class _Shift:
             return  # its first member is only just coming
         self._done = len(self.values) - sum(one.lag for one in group.offsets)
         counts = link.counts
-        self._progress.update(self._done, extra=f"{sum(self.done_to.values())} kills and zombies, {counts.cuts} cuts")
+        self._progress.update(self._done, extra=f"kills and zombies: {self.done_to.total()}, cuts: {counts.cuts}")
         zombie = self._zombie
         if zombie is not None and _without(group, zombie.name):
             self._zombie = None

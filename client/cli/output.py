@@ -171,6 +171,7 @@ class Progress:
 
     def __init__(self, unit: str, total: int | None = None) -> None:
         self._unit = unit
+        """Its plural."""
         self.total = total
         """What `done` comes to in the end; None while that is not known."""
         self._terminal = sys.stderr.isatty()
@@ -189,7 +190,8 @@ class Progress:
         if not self._terminal or now - self._shown_at < REFRESH_S:
             return
         self._shown_at, elapsed = now, now - self._started
-        line = f"{count:,} {self._unit}, {count / elapsed:,.0f}/s"
+        unit = self._unit.removesuffix("s") if count == 1 else self._unit
+        line = f"{count:,} {unit}, {count / elapsed:,.0f}/s"
         done = count if done is None else done
         if self.total and done:
             left = round(elapsed * max(self.total - done, 0) / done)

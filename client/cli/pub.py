@@ -22,7 +22,7 @@ from ..wire import MESSAGE_BYTES_MAX
 from . import reach
 from .arguments import Command, Parser, text
 from .errors import OK, RETRY_LATER, USAGE, CommandError
-from .output import Progress, moment, number, record, say
+from .output import Progress, counted, moment, number, record, say
 
 READ_BYTES = 1 << 20
 """What is read, sent and waited for at a time; a killed run loses no more than the reading of it."""
@@ -72,8 +72,9 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
         known = producer.last_seq + 1
         if known:
             say(
-                f"{args.producer} had already sent {known:,} lines (last_seq {producer.last_seq}): the first {known:,} "
-                "lines of this input are skipped by number. One producer name belongs to one input, over all topics."
+                f"{args.producer} had already sent {counted(known, 'line')} (last_seq {producer.last_seq}): as many at "
+                "the start of this input are skipped by number. One producer name belongs to one input, over all "
+                "topics."
             )
         with Progress("lines", total) as progress:
 
@@ -99,22 +100,22 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
             except asyncio.CancelledError:
                 if args.producer is not None:
                     tell(
-                        f"{producer.last_seq + 1:,} lines are stored: the same command with the same input goes on "
-                        "behind them."
+                        f"Stored: {counted(producer.last_seq + 1, 'line')}. The same command with the same input goes "
+                        "on from there."
                     )
                 raise
             except IdemqError as error:
                 progress.clear()
                 if lines:
-                    say(f"{lines:,} lines were sent before: {stored:,} stored now, {skipped:,} stored before.")
+                    say(f"Sent before: {counted(lines, 'line')}, {stored:,} stored now, {skipped:,} stored before.")
                 if isinstance(error, OutcomeUnknown):
                     raise _unknown(args, error) from error
                 raise
         last_seq = producer.last_seq
     if lines < known:
         raise CommandError(
-            f"This input has {lines:,} lines, and {args.producer} had sent {known:,}: it is not the same input. "
-            "Nothing was stored; give it a producer name of its own.",
+            f"This input has {counted(lines, 'line')}, and {args.producer} had sent {known:,}: it is not the same "
+            "input. Nothing was stored; give it a producer name of its own.",
             USAGE,
         )
     fields = {"stored": stored, "duplicates": skipped}
