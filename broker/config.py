@@ -52,7 +52,9 @@ class Config:
     port: int = _number(7750, 0, 65535, "port of the wire; 0 picks a free one")
     http_port: int = _number(7751, 0, 65535, "port of health and metrics; 0 picks a free one")
     data_dir: str = field(default=wire.DATA_DIR, metadata={"about": "the store's directory, made if it does not exist"})
-    token: str = field(default="", repr=False, metadata={"about": "what every client must present", "secret": True})
+    token: str = field(
+        default="", repr=False, metadata={"about": "the token that clients must present", "secret": True}
+    )
     insecure: bool = _switch("listen beyond loopback without authentication")
     force_filesystem: bool = _switch("accept a network or overlay file system, on which fsync may promise nothing")
 
@@ -231,7 +233,7 @@ def parser() -> Flags:
         about = one.metadata["about"]
         if one.metadata.get("secret"):
             # A secret in a command line is read by every process of the machine: a file's name is not.
-            flags.add_argument(f"{flag}-file", metavar="FILE", help=f"file that holds: {about}")
+            flags.add_argument(f"{flag}-file", metavar="FILE", help=f"file that holds {about}")
         elif type(one.default) is bool:
             flags.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         else:

@@ -258,7 +258,7 @@ def test_a_family_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None
         (["serve", "--zzz"], "idemq serve: '--zzz' is not expected here (see idemq serve --help)"),
         (["serve", "--port"], "argument --port: expected one argument"),
         (["pub", "t", "--producer", "p", "v"], "--producer numbers the lines of an input: give them on stdin"),
-        (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["demo", "--seed", "x"], "argument --seed: 'x' is no whole number from 0 on"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_line_and_code_2(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from idemq.broker import config
-from idemq.broker.config import SETTINGS, Config, ConfigError, load
+from idemq.broker.config import SETTINGS, Config, ConfigError, load, parser
 from idemq.broker.core import Limits
 
 
@@ -157,6 +157,12 @@ def test_a_secret_has_one_source_and_some_content(tmp_path: Path) -> None:
     assert "cannot be printed" in refused([], IDEMQ_TOKEN="a\x07b")
     with pytest.raises(SystemExit):
         load(["--token", "abc"], {})  # it would stand in the process list
+
+
+def test_help_says_what_a_secrets_file_holds() -> None:
+    assert "--token-file FILE file that holds the token that clients must present" in " ".join(
+        parser().format_help().split()
+    )
 
 
 def test_to_toml_can_be_read_back_and_hides_secrets(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ..client import connect
 from ..link import Faults, Link
 from ..testing import BrokerProcess
 from . import demo_groups
-from .arguments import Command, Parser
+from .arguments import Command, Parser, index
 from .demo_groups import EffectsResult, GroupResult, compare, kill, read_back
 from .errors import FAILURE, OK, CommandError
 from .loader import CHUNK, TOPIC, Said, value, write_position
@@ -344,7 +344,7 @@ def _arguments(parser: Parser) -> None:
     only.add_argument("--without-dedup", action="store_true", help=about)
     about = "what workers write elsewhere is doubled by kills, unless each write is idempotent"
     only.add_argument("--effects", action="store_true", help=about)
-    parser.add_argument("--seed", type=int, metavar="N", help="where the faults and kills fall (default: random)")
+    parser.add_argument("--seed", type=index, metavar="N", help="where the faults and kills fall (default: random)")
 
 
 COMMANDS = (Command("demo", "the promise, shown: kills, cuts and lost replies", _arguments, _demo, asks_broker=False),)
