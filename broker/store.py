@@ -614,7 +614,10 @@ def _last_row(cursor: Any, topic_id: int, partition: int) -> schema.LogRow:
 
 
 def _lock_directory(directory: Path, force_filesystem: bool) -> int:
-    """Make the directory, look at where it lies, and lock it; returns the lock's file descriptor. Raises StoreError."""
+    """Make the directory, look at where and what it is, and lock it; returns the lock's file descriptor.
+
+    Raises StoreError, and has made no lock in a directory that holds other things and no store.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = _filesystem(directory)
@@ -624,12 +627,24 @@ def _lock_directory(directory: Path, force_filesystem: bool) -> int:
                 f"{directory} lies on {kind}, where a committed write may be lost: use a local disk (a volume, in a"
                 " container), or force it at your own risk",
             )
+        _refuse_strangers(directory)
         lock = _flock(directory, os.O_RDWR | os.O_CREAT)
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
     except OSError as error:
         raise _refusal(directory, error) from error
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Is it empty, or a data directory, one that is only just being made too?"""
+    names = {entry.name for entry in directory.iterdir() if not entry.name.startswith(_NEW_PREFIX)}
+    strangers = sorted(names - {LOCK_FILE, "lost+found"})
+    if strangers and not (directory / STORE_FOLDER).exists():
+        raise StoreError(
+            Reason.STORE_NOT_OURS,
+            f"{directory} holds other things ({', '.join(strangers[:3])}) and no store: use an empty or new directory",
+        )
 
 
 def _flock(directory: Path, flags: int) -> int:
@@ -668,12 +683,6 @@ def _filesystem(directory: Path) -> str:
 
 def _create(directory: Path) -> None:
     """A new store appears whole or not at all, so that one which cannot be opened is always damage."""
-    strangers = sorted({entry.name for entry in directory.iterdir()} - {LOCK_FILE, "lost+found"})
-    if strangers:
-        raise StoreError(
-            Reason.STORE_NOT_OURS,
-            f"{directory} holds other things ({', '.join(strangers[:3])}) and no store: use an empty or new directory",
-        )
     new = tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=directory)
     environment = _open_environment(new, create=True)
     tables = {table: environment.open_db(table.encode()) for table in Table}
@@ -735,7 +744,10 @@ class Snapshot:
         self.data_file = self.directory / STORE_FOLDER / "data.mdb"
         try:
             if not self.data_file.exists():
-                raise StoreError(Reason.STORE_NOT_OURS, f"there is no store in {self.directory}")
+                raise StoreError(
+                    Reason.STORE_NOT_OURS,
+                    f"there is no {STORE_FOLDER}/data.mdb in {self.directory}: name a broker's data directory",
+                )
             # A copy of a data directory may have no lock file, and then nobody runs on it.
             locked = (self.directory / LOCK_FILE).exists()
             self._lock = _flock(self.directory, os.O_RDONLY) if locked else None
@@ -766,11 +778,16 @@ class Snapshot:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a file that would kill whoever maps it. Raises Broken, OSError.
+    """Refuse a store without its file, and a file that would kill whoever maps it. Raises StoreError, Broken, OSError.
 
     A healthy file may be shorter than its meta says: LMDB counts a page that a transaction took at the end and gave
     back, and does not write it. Such a page is on the list of free pages; a page that was cut off is not.
     """
+    if path.is_dir() and not (path / "data.mdb").exists():
+        raise StoreError(
+            Reason.STORE_DAMAGED,
+            f"{path} has no data.mdb: restore a copy of it; or, where no broker ever ran, remove the folder",
+        )
     with Pages(str(path / "data.mdb")) as pages:
         if pages.missing and not pages.free_pages().issuperset(pages.missing):
             raise Broken(f"the file is cut off: {len(pages.missing)} of {pages.meta.last_page + 1} pages are missing")
@@ -801,6 +818,11 @@ def _format(environment: Any, directory: Path) -> int:
 def _refusal(directory: Path, error: Exception) -> StoreError:
     # LMDB's own complaints have their classes; those of the system have these, or none.
     system = OSError | lmdb.LockError | lmdb.ReadonlyError | lmdb.DiskError | lmdb.MemoryError
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return StoreError(
+            Reason.STORE_UNREADABLE,
+            f"{directory} cannot be used: {error.filename} is a file, or lies below one: use another directory",
+        )
     if isinstance(error, system) or type(error) is lmdb.Error:
         return StoreError(
             Reason.STORE_UNREADABLE,

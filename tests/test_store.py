@@ -876,8 +876,16 @@ def test_a_new_store_appears_whole_or_not_at_all(directory: Path, monkeypatch: p
 def test_a_folder_of_somebody_else_is_refused(directory: Path) -> None:
     directory.mkdir()
     (directory / "thesis.txt").write_text("mine")
+    (directory / "store.new-photos").mkdir()
     refused(directory, Reason.STORE_NOT_OURS, r"thesis\.txt")
-    assert not (directory / "store").exists()
+    assert sorted(entry.name for entry in directory.iterdir()) == ["store.new-photos", "thesis.txt"], "it is as it was"
+
+
+def test_a_start_beside_another_that_is_only_just_making_its_store_says_who_has_the_lock(directory: Path) -> None:
+    (directory / "store.new-abc").mkdir(parents=True)
+    lock = store._lock_directory(directory, False)
+    refused(directory, Reason.STORE_LOCKED)
+    os.close(lock)
 
 
 def test_somebody_elses_lmdb_is_refused(directory: Path) -> None:
@@ -898,15 +906,15 @@ def test_a_later_format_is_refused(directory: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_path_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", Reason.STORE_UNREADABLE)
-    refused(tmp_path / "file" / "below", Reason.STORE_UNREADABLE)
-    refused(Path("/proc/idemq"), Reason.STORE_UNREADABLE)
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(path, Reason.STORE_UNREADABLE, f"{path} is a file, or lies below one: use another")
+    refused(Path("/proc/idemq"), Reason.STORE_UNREADABLE, "check its owner")
 
 
 def test_a_store_without_its_file_is_refused(directory: Path) -> None:
     Store(directory).close()
     (directory / "store" / "data.mdb").unlink()
-    refused(directory, Reason.STORE_UNREADABLE, r"data\.mdb")
+    refused(directory, Reason.STORE_DAMAGED, r"store has no data\.mdb: restore a copy of it; or, where no broker ever")
 
 
 @pytest.mark.parametrize("table", list(Table))
