@@ -114,7 +114,7 @@ def verify(directory: str | Path, progress: Progress | None = None) -> Report:
     if not ended or child.returncode:
         code = child.returncode
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        report.died = f"the walk died by {how} after {reached}{': ' + complaint[-1] if complaint else ''}"
+        report.died = f"by {how} after {reached}{': ' + complaint[-1] if complaint else ''}"
     return report
 
 
@@ -133,9 +133,14 @@ def _events(directory: Path, report: Report) -> Iterator[tuple[int, int]]:
                 yield from _Walk(txn, tables, report, snapshot.data_file.stat().st_size).run()
         except StoreError as error:
             if error.code == Reason.STORE_DAMAGED:
-                report.findings.append(Finding("file", error.text))
+                report.findings.append(Finding("file", _what(error)))
             elif error.code != Reason.STORE_UNREADABLE or not report.findings:  # else: what was found keeps it closed
                 raise
+
+
+def _what(error: Exception) -> str:
+    """What is wrong. The advice that errors of damage end with is for those who have not come here."""
+    return str(error).partition("; nothing was changed: ")[0]
 
 
 class _Walk:
@@ -190,7 +195,7 @@ class _Walk:
             try:
                 row = decode(key, value)
             except Damaged as damage:
-                self._found(f"{table} {key.hex()}", str(damage))
+                self._found(f"{table} {key.hex()}", _what(damage))
                 continue
             yield key, row
 
@@ -201,7 +206,7 @@ class _Walk:
             incarnation = schema.incarnation(rows.get(schema.INCARNATION_KEY, b""))
             self._expect(len(incarnation) == schema.INCARNATION_BYTES, "meta", "the incarnation has a wrong length")
         except Damaged as damage:
-            self._found("meta", str(damage))
+            self._found("meta", _what(damage))
         if schema.STATE_KEY_1 in rows:
             self._read_deltas_1(rows[schema.STATE_KEY_1])
         else:
@@ -228,14 +233,14 @@ class _Walk:
             try:
                 self._lazy[producer_id] = schema.changed(producer_id, changes)
             except Damaged as damage:
-                self._found(f"deltas, producer {producer_id}", str(damage))
+                self._found(f"deltas, producer {producer_id}", _what(damage))
 
     def _read_deltas_1(self, state: bytes) -> None:
         """Those of format 1."""
         try:
             self._state = schema.state_1(state)
         except Damaged as damage:
-            self._found("meta", str(damage))
+            self._found("meta", _what(damage))
         for key, rows in self._decoded(Table.DELTAS, schema.delta_1):
             number = schema.ID_KEY.unpack(key)[0]
             self._expect(number <= self._state.commits, f"delta {number}", "there was no such commit yet")
@@ -273,7 +278,7 @@ class _Walk:
                 row = schema.log_row(key, value)
                 header = wire.verified_header(value[schema.LOG_PREFIX_BYTES :])
             except (Damaged, wire.WireError) as error:
-                self._found(where, str(error))
+                self._found(where, _what(error))
                 before = None
                 continue
             if before is not None:

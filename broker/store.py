@@ -830,7 +830,7 @@ def _refusal(directory: Path, error: Exception) -> StoreError:
         )
     return StoreError(
         Reason.STORE_DAMAGED,
-        f"{directory} is damaged: {error}: leave it as it is, run idemq verify on it, and restore a copy",
+        f"{directory} is damaged: {error}; nothing was changed: run idemq verify on it, and restore a copy of it",
     )
 
 

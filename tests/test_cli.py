@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 
 import idemq
+from idemq.broker.check import Report
 from idemq.client.cli import COMMANDS, errors, main, output, reach, sub
 from idemq.client.connection import Address
 from idemq.client.wire import ADMIN_TOKEN_FILE
@@ -1368,6 +1369,7 @@ def test_verify_clean_in_use_and_damaged(tmp_path: Path) -> None:
     done = idemq_command("verify", IDEMQ_DATA_DIR=str(directory))
     assert (done.returncode, done.stderr) == (0, "")
     assert {"clean\ttrue", "rows of log\t1", "rows of topics\t1"} <= set(done.stdout.splitlines())
+    assert "died" not in done.stdout
     (data,) = directory.rglob("data.mdb")
     data.write_bytes(data.read_bytes().replace(b"a value to be found again", b"A value to be found again"))
     done = idemq_command("verify", str(directory), "--json")
@@ -1378,6 +1380,15 @@ def test_verify_clean_in_use_and_damaged(tmp_path: Path) -> None:
     assert "Damaged" in done.stderr
     done = idemq_command("verify", str(directory))
     assert (done.returncode, done.stdout.splitlines()[-1].split("\t")[0]) == (1, document["findings"][-1]["where"])
+
+
+def test_verify_says_that_damage_killed_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(died="by signal SIGBUS after 0 bytes of the log")
+    monkeypatch.setattr("idemq.broker.check.verify", lambda *_: report)
+    assert main(["verify", "data"]) == errors.FAILURE
+    assert capsys.readouterr().out.splitlines() == ["directory\tdata", "clean\tfalse", f"died\t{report.died}"]
+    assert main(["verify", "data", "--json"]) == errors.FAILURE
+    assert json.loads(capsys.readouterr().out)["died"] == report.died
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

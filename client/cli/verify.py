@@ -26,11 +26,14 @@ def _verify(args: Namespace) -> int:
             report = verify(directory, show)
         except StoreError as error:
             raise CommandError(str(error), CONFIGURATION) from error
-    summary = {"directory": directory, "clean": report.clean, "died": report.died or None}
+    summary = {"directory": directory, "clean": report.clean}
     if args.json:
-        emit(summary | {"rows": report.rows, "findings": [one._asdict() for one in report.findings]})
+        findings = [one._asdict() for one in report.findings]
+        emit(summary | {"died": report.died or None, "rows": report.rows, "findings": findings})
     else:
         record(args, summary | {f"rows of {name}": count for name, count in report.rows.items()})
+        if report.died:
+            record(args, {"died": report.died})
         if report.findings:
             table(args, ("where", "text"), report.findings)
     if report.clean:
