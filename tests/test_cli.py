@@ -982,8 +982,9 @@ def test_a_name_used_for_another_input_is_told(broker: Broker, topic: str) -> No
     assert broker.lines("sub", topic, "--exit-at-end") == ["1", "2", "3", "4"]
 
 
-def test_a_load_that_fails_at_once_says_only_why(broker: Broker) -> None:
-    done = broker.idemq("pub", "nix", input="1\n")
+@pytest.mark.parametrize("lines", ["1\n", ""])
+def test_a_load_that_fails_at_once_says_only_why(broker: Broker, lines: str) -> None:
+    done = broker.idemq("pub", "nix", input=lines)
     assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
     assert done.stderr.startswith("idemq: there is no topic 'nix'")
 

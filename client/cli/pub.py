@@ -63,6 +63,7 @@ def _unknown(args: Namespace, error: OutcomeUnknown) -> CommandError:
 
 
 async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
+    await mq.describe_topic(args.topic)  # an input without a line would never ask for it, nor a person who types
     typed = sys.stdin.isatty()
     if typed:
         say("Every line is a message; Ctrl-D ends.")
