@@ -802,6 +802,11 @@ def test_dead_letters_are_listed_shown_requeued_and_dropped(broker: Broker, topi
     done = broker.idemq("dlq", "drop", dead, "0:0")
     assert done.returncode == errors.USAGE
     assert "This drops 1 message of" in done.stderr
+    assert f"This drops 2 messages of {dead}" in broker.idemq("dlq", "drop", dead, "--all").stderr
+    for places in (["0:0", "0:1"], ["0:9"], ["1:0"]):  # what is not there (any more) is not asked about
+        done = broker.idemq("dlq", "drop", dead, *places)
+        assert (done.returncode, done.stderr.count("\n")) == (errors.FAILURE, 1)
+        assert f"no dead letter {places[-1]} in {dead} (any more)" in done.stderr
     code, _ = in_terminal(broker, "dlq", "drop", dead, "0:0", typed=b"n\n")
     assert (code, len(broker.json("dlq", "ls", dead))) == (errors.FAILURE, 2)
     assert broker.json("dlq", "drop", dead, "0:0", "--yes") == {"dropped": 1}
@@ -817,7 +822,8 @@ def test_what_dlq_refuses(broker: Broker, topic: str) -> None:
         assert done.returncode == errors.USAGE
         assert "--all" in done.stderr
     assert "'7' is no PARTITION:OFFSET" in broker.idemq("dlq", "show", topic, "7").stderr
-    for argv in (["show", "0:0"], ["requeue", "0:0"], ["drop", "0:0", "--yes"], ["drop", "--all", "--yes"]):
+    drops = ["drop", "0:0"], ["drop", "--all"]
+    for argv in (["show", "0:0"], ["requeue", "0:0"], *drops, *([*argv, "--yes"] for argv in drops)):
         done = broker.idemq("dlq", argv[0], topic, *argv[1:])
         assert (done.returncode, done.stdout) == (errors.FAILURE, "")
         assert f"message 0:0 of '{topic}' is no dead letter: it does not say where it came from" in done.stderr
@@ -826,7 +832,9 @@ def test_what_dlq_refuses(broker: Broker, topic: str) -> None:
     assert f"Not listed: 1 message of {topic}" in done.stderr
     broker.lines("pub", topic, "nor this")
     assert f"Not listed: 2 messages of {topic}" in in_terminal(broker, "dlq", "ls", topic)[1]
-    assert broker.idemq("dlq", "ls", "nix").returncode == errors.FAILURE
+    for argv in (["ls"], ["drop", "--all"], ["drop", "0:0"]):
+        done = broker.idemq("dlq", argv[0], "nix", *argv[1:])
+        assert (done.returncode, "there is no topic 'nix'" in done.stderr) == (errors.FAILURE, True)
 
 
 def test_a_topic_that_exists_is_answered_with_options_of_the_command(broker: Broker, topic: str) -> None:
@@ -1240,6 +1248,9 @@ def test_where_a_group_goes_on_is_set(broker: Broker, topic: str) -> None:
         assert done.returncode == errors.USAGE
         assert says in done.stderr
         assert committed(broker, topic)[0] == 3
+    # Nor is asked about a partition that is not there.
+    done = broker.idemq(*seek, "0", "--partition", "2")
+    assert (done.returncode, "has partitions 0 .. 1, not 2" in done.stderr) == (errors.USAGE, True)
 
 
 def test_a_seek_tells_what_it_set_and_not_what_a_member_made_of_it(

@@ -63,7 +63,7 @@ def _show(args: Namespace) -> int:
         async for message in DeadLetters(mq, args.topic).left([args.place]):
             origin(message)
             return message
-        raise CommandError(f"There is no dead letter {args.place} in {args.topic} (any more): see idemq dlq ls.")
+        raise _gone(args.place, args.topic)
 
     message = reach.run(args, find)
     said = _facts(message)
@@ -83,6 +83,22 @@ def _show(args: Namespace) -> int:
     return OK
 
 
+def _gone(place: Place, topic: str) -> CommandError:
+    return CommandError(f"There is no dead letter {place} in {topic} (any more): see idemq dlq ls.")
+
+
+async def _count(mq: Client, topic: str, places: list[Place] | None) -> int:
+    """How many are left (of these). Raises CommandError or NoDeadLetter where `DeadLetters.drop` would refuse."""
+    found: set[Place] = set()
+    async for message in DeadLetters(mq, topic).left(places):
+        origin(message)
+        found.add(Place(message.partition, message.offset))
+    for place in places or ():
+        if place not in found:
+            raise _gone(place, topic)
+    return len(found)
+
+
 def _places(args: Namespace) -> list[Place] | None:
     """None: all."""
     if bool(args.places) == args.all:
@@ -98,8 +114,9 @@ def _requeue(args: Namespace) -> int:
 
 def _drop(args: Namespace) -> int:
     places = _places(args)
-    what = counted(len(places), "message") if places is not None else "all messages"
-    confirm(args, f"This drops {what} of {args.topic}, for good.")
+    if not args.yes:
+        count = reach.run(args, lambda mq: _count(mq, args.topic, places))
+        confirm(args, f"This drops {counted(count, 'message')} of {args.topic}, for good.")
     record(args, {"dropped": reach.run(args, lambda mq: DeadLetters(mq, args.topic).drop(places))})
     return OK
 

@@ -10,7 +10,7 @@ from ..client import Client, GroupInfo
 from ..errors import UnknownGroup
 from . import reach
 from .arguments import Command, Parser, add_yes, confirm, index, nearest, start, text
-from .errors import OK, CommandError
+from .errors import OK, USAGE, CommandError
 from .output import counted, done, emit, number, record, table, text_or_base64
 
 _SHOWN = {"next": number, "before": number}
@@ -93,9 +93,12 @@ def _seek(args: Namespace) -> int:
 async def _known_positions(mq: Client, args: Namespace) -> dict[int, int] | None:
     """{partition: next}; None: there is no such group.
 
-    Raises CommandError for a group that has no position in this topic, unless it is to be new there.
+    Raises CommandError for a group that has no position in this topic, unless it is to be new there, and for a
+    partition that the topic does not have.
     """
-    await mq.describe_topic(args.topic)
+    partitions = len((await mq.describe_topic(args.topic)).partitions)
+    if args.partition is not None and args.partition >= partitions:
+        raise CommandError(f"Topic {args.topic} has partitions 0 .. {partitions - 1}, not {args.partition}.", USAGE)
     try:
         group = await mq.describe_group(args.name)
     except UnknownGroup:
