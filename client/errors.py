@@ -211,6 +211,7 @@ class MessageTooLarge(FatalError):
     """The message is larger than the limit that the text names."""
 
     code = "TOO_LARGE"
+    remedy = "Split it, or store it elsewhere and send where: no setting changes the limit."
 
 
 class TransactionTooLarge(FatalError):

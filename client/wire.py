@@ -193,7 +193,9 @@ REMEDIES: dict[Code, Meaning] = {
         False, "Check the topic's name (idemq topic ls), or create it: idemq topic create NAME."
     ),
     Code.TOPIC_EXISTS: Meaning(False, "Use exist_ok with the same settings, alter the topic, or choose another name."),
-    Code.TOO_LARGE: Meaning(False, "Send less at once; the limit is named in the message."),
+    Code.TOO_LARGE: Meaning(
+        False, "Send, or ask for, less at once: the text names the limit, which no setting changes."
+    ),
     Code.CHECKSUM_MISMATCH: Meaning(
         False, "The bytes were damaged on their way: the client reconnects and sends again."
     ),

@@ -1448,6 +1448,8 @@ def test_every_refusal_has_its_exception(code: Code) -> None:
 def test_what_the_client_itself_finds_has_its_own_remedy() -> None:
     assert str(idemq.InvalidRequest("no.")) == "BAD_REQUEST: no. Correct the call."
     assert str(idemq.UnknownProducer("none")) == "UNKNOWN_PRODUCER: none. See the names: idemq producer ls."
+    with pytest.raises(idemq.MessageTooLarge, match=r"at most 8388608 are allowed\. Split it, or store it elsewhere"):
+        records.check_record(bytes(wire.MESSAGE_BYTES_MAX + 1), None, None)
     assert idemq.BrokerBusy("full").remedy == wire.REMEDIES[Code.BUSY].remedy
     assert str(idemq.IdemqError("just this")) == "ERROR: just this"
     for record in (("text", None), (b"", "text")):

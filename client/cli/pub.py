@@ -141,7 +141,7 @@ async def _read_lines(descriptor: int) -> AsyncIterator[list[bytes]]:
         if lines:
             yield lines
         if len(rest) > MESSAGE_BYTES_MAX:
-            raise MessageTooLarge(f"line {number + 1} is longer than {MESSAGE_BYTES_MAX} bytes")
+            raise MessageTooLarge(f"line {number + 1} is longer than a message may be, {MESSAGE_BYTES_MAX} bytes")
     if rest:
         say("The last line has no line end: it is sent as it is.")
         yield [rest]
