@@ -133,14 +133,9 @@ def _events(directory: Path, report: Report) -> Iterator[tuple[int, int]]:
                 yield from _Walk(txn, tables, report, snapshot.data_file.stat().st_size).run()
         except StoreError as error:
             if error.code == Reason.STORE_DAMAGED:
-                report.findings.append(Finding("file", _what(error)))
+                report.findings.append(Finding("file", error.what))
             elif error.code != Reason.STORE_UNREADABLE or not report.findings:  # else: what was found keeps it closed
                 raise
-
-
-def _what(error: Exception) -> str:
-    """What is wrong. The advice that errors of damage end with is for those who have not come here."""
-    return str(error).partition("; nothing was changed: ")[0]
 
 
 class _Walk:
@@ -195,7 +190,7 @@ class _Walk:
             try:
                 row = decode(key, value)
             except Damaged as damage:
-                self._found(f"{table} {key.hex()}", _what(damage))
+                self._found(f"{table} {key.hex()}", damage.what)
                 continue
             yield key, row
 
@@ -206,7 +201,7 @@ class _Walk:
             incarnation = schema.incarnation(rows.get(schema.INCARNATION_KEY, b""))
             self._expect(len(incarnation) == schema.INCARNATION_BYTES, "meta", "the incarnation has a wrong length")
         except Damaged as damage:
-            self._found("meta", _what(damage))
+            self._found("meta", damage.what)
         if schema.STATE_KEY_1 in rows:
             self._read_deltas_1(rows[schema.STATE_KEY_1])
         else:
@@ -233,14 +228,14 @@ class _Walk:
             try:
                 self._lazy[producer_id] = schema.changed(producer_id, changes)
             except Damaged as damage:
-                self._found(f"deltas, producer {producer_id}", _what(damage))
+                self._found(f"deltas, producer {producer_id}", damage.what)
 
     def _read_deltas_1(self, state: bytes) -> None:
         """Those of format 1."""
         try:
             self._state = schema.state_1(state)
         except Damaged as damage:
-            self._found("meta", _what(damage))
+            self._found("meta", damage.what)
         for key, rows in self._decoded(Table.DELTAS, schema.delta_1):
             number = schema.ID_KEY.unpack(key)[0]
             self._expect(number <= self._state.commits, f"delta {number}", "there was no such commit yet")
@@ -278,7 +273,7 @@ class _Walk:
                 row = schema.log_row(key, value)
                 header = wire.verified_header(value[schema.LOG_PREFIX_BYTES :])
             except (Damaged, wire.WireError) as error:
-                self._found(where, _what(error))
+                self._found(where, error.what if isinstance(error, Damaged) else error.text)
                 before = None
                 continue
             if before is not None:

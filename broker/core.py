@@ -144,6 +144,14 @@ class Group:
 class Damaged(Exception):
     """A stored row does not match its checksum. Raised by the store's readers; refuses the request, changes nothing."""
 
+    def __init__(self, what: str) -> None:
+        """`what` is wrong; the error's text goes on to say what to do."""
+        super().__init__(
+            f"{what}; nothing was changed: stop the broker, run idemq verify on its data directory, and restore a copy"
+            " of it"
+        )
+        self.what = what
+
 
 class Rows(Protocol):
     """The committed rows, read only. The store implements it; tests and the simulator use the store in memory."""

@@ -103,10 +103,7 @@ class LogRow(NamedTuple):
 
 def damaged(table: Table, key: bytes | memoryview, why: str) -> Damaged:
     """The error that names a broken row."""
-    return Damaged(
-        f"table {table}, key {bytes(key).hex()}: {why}; nothing was changed: stop the broker, run idemq verify on its"
-        " data directory, and restore a copy of it"
-    )
+    return Damaged(f"table {table}, key {bytes(key).hex()}: {why}")
 
 
 def _seal(table: Table, key: bytes, body: bytes) -> bytes:

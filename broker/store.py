@@ -80,12 +80,13 @@ class Reason(StrEnum):
 
 
 class StoreError(Exception):
-    """A data directory cannot be opened; nothing in it was changed. `text` says what to do."""
+    """A data directory cannot be opened; nothing in it was changed. `text` says what to do, `what` no more than why."""
 
-    def __init__(self, code: Reason, text: str) -> None:
+    def __init__(self, code: Reason, text: str, what: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
+        self.what = what or text
 
 
 class StoreFull(Exception):
@@ -225,7 +226,7 @@ class Store:
                 self._state = self._read_deltas(txn)
             self.topics()  # the core needs each of them, so the start is where to say that one is broken
         except Damaged as damage:
-            raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
+            raise _refusal(self._directory, damage) from damage
 
     def _read_deltas(self, txn: Any) -> schema.State:
         """Learn what they tell; returns the state. Raises Damaged."""
@@ -803,7 +804,7 @@ def _format(environment: Any, directory: Path) -> int:
     except (lmdb.NotFoundError, lmdb.IncompatibleError):
         version = None
     except Damaged as damage:
-        raise StoreError(Reason.STORE_DAMAGED, str(damage)) from damage
+        raise _refusal(directory, damage) from damage
     if version is None:
         raise StoreError(Reason.STORE_NOT_OURS, f"{directory} holds somebody else's LMDB data: use another directory")
     if version > schema.FORMAT_VERSION:
@@ -828,9 +829,9 @@ def _refusal(directory: Path, error: Exception) -> StoreError:
             Reason.STORE_UNREADABLE,
             f"{directory} cannot be used: {error}: check its owner, its permissions, the mount and the free space",
         )
+    what = f"{directory} is damaged: {error.what if isinstance(error, Damaged) else error}"
     return StoreError(
-        Reason.STORE_DAMAGED,
-        f"{directory} is damaged: {error}; nothing was changed: run idemq verify on it, and restore a copy of it",
+        Reason.STORE_DAMAGED, f"{what}; nothing was changed: run idemq verify on it, and restore a copy of it", what
     )
 
 
