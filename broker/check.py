@@ -24,7 +24,7 @@ from idemq.client import records, wire
 from . import schema
 from .core import Damaged
 from .pages import Broken, Pages
-from .producers import ProducerRow, Result, positions
+from .producers import ProducerRow, Result, positions_of
 from .schema import State, Table
 from .store import Reason, Snapshot, StoreError
 from .topics import TopicRow
@@ -49,7 +49,7 @@ class Report:
     rows: dict[str, int] = field(default_factory=dict)
     """How many rows were looked at in each table; a table that was not reached is missing."""
     died: str = ""
-    """How the walking process ended, when it did not come to its end. That too is damage."""
+    """How the walking process died ("by signal ..."), when it did not come to its end. That too is damage."""
 
     @property
     def clean(self) -> bool:
@@ -133,7 +133,7 @@ def _events(directory: Path, report: Report) -> Iterator[tuple[int, int]]:
                 yield from _Walk(txn, tables, report, snapshot.data_file.stat().st_size).run()
         except StoreError as error:
             if error.code == Reason.STORE_DAMAGED:
-                report.findings.append(Finding("file", error.what))
+                report.findings.append(Finding("file", str(error.__cause__)))
             elif error.code != Reason.STORE_UNREADABLE or not report.findings:  # else: what was found keeps it closed
                 raise
 
@@ -190,7 +190,7 @@ class _Walk:
             try:
                 row = decode(key, value)
             except Damaged as damage:
-                self._found(f"{table} {key.hex()}", damage.what)
+                self._found(f"{table} {key.hex()}", str(damage))
                 continue
             yield key, row
 
@@ -201,7 +201,7 @@ class _Walk:
             incarnation = schema.incarnation(rows.get(schema.INCARNATION_KEY, b""))
             self._expect(len(incarnation) == schema.INCARNATION_BYTES, "meta", "the incarnation has a wrong length")
         except Damaged as damage:
-            self._found("meta", damage.what)
+            self._found("meta", str(damage))
         if schema.STATE_KEY_1 in rows:
             self._read_deltas_1(rows[schema.STATE_KEY_1])
         else:
@@ -228,14 +228,14 @@ class _Walk:
             try:
                 self._lazy[producer_id] = schema.changed(producer_id, changes)
             except Damaged as damage:
-                self._found(f"deltas, producer {producer_id}", damage.what)
+                self._found(f"deltas, producer {producer_id}", str(damage))
 
     def _read_deltas_1(self, state: bytes) -> None:
         """Those of format 1."""
         try:
             self._state = schema.state_1(state)
         except Damaged as damage:
-            self._found("meta", damage.what)
+            self._found("meta", str(damage))
         for key, rows in self._decoded(Table.DELTAS, schema.delta_1):
             number = schema.ID_KEY.unpack(key)[0]
             self._expect(number <= self._state.commits, f"delta {number}", "there was no such commit yet")
@@ -273,7 +273,7 @@ class _Walk:
                 row = schema.log_row(key, value)
                 header = wire.verified_header(value[schema.LOG_PREFIX_BYTES :])
             except (Damaged, wire.WireError) as error:
-                self._found(where, error.what if isinstance(error, Damaged) else error.text)
+                self._found(where, str(error))
                 before = None
                 continue
             if before is not None:
@@ -352,8 +352,8 @@ class _Walk:
         """Each batch of a remembered commit stands in its result, and each position of a result holds its batch."""
         where = f"producer {row.name!r} ({row.producer_id})"
         numbers = [result[0] for result in row.results]
-        places = list(map(positions, row.results))
-        wanted = {(index, *one) for index, found in enumerate(places) for one in found}
+        positions = list(map(positions_of, row.results))
+        wanted = {(index, *one) for index, found in enumerate(positions) for one in found}
         for one in stretches:
             index = bisect_left(numbers, one.last_seq)
             if index == len(numbers) or (index == 0 and one.last_seq < numbers[0]):
@@ -363,7 +363,7 @@ class _Walk:
             at = f"log {one.topic_id}/{one.partition} at {one.offset}"
             apart = index == 0 or one.first_seq > numbers[index - 1]
             self._expect(apart, at, f"{where} has a result that ends inside the batch")
-            told = (one.offset, one.timestamp_ms) in places[index]
+            told = (one.offset, one.timestamp_ms) in positions[index]
             self._expect(told, at, f"{where} was told another position for {one.last_seq}")
             wanted.discard((index, one.offset, one.timestamp_ms))
         for index, offset, _ in sorted(wanted):

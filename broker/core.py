@@ -144,14 +144,6 @@ class Group:
 class Damaged(Exception):
     """A stored row does not match its checksum. Raised by the store's readers; refuses the request, changes nothing."""
 
-    def __init__(self, what: str) -> None:
-        """`what` is wrong; the error's text goes on to say what to do."""
-        super().__init__(
-            f"{what}; nothing was changed: stop the broker, run idemq verify on its data directory, and restore a copy"
-            " of it"
-        )
-        self.what = what
-
 
 class Rows(Protocol):
     """The committed rows, read only. The store implements it; tests and the simulator use the store in memory."""
@@ -642,8 +634,8 @@ class Core:
             if producer is None:
                 return Failed(Code.UNKNOWN_PRODUCER, f"there is no producer {producer_id} (any more)")
             # 3
-            if len(headers) == 1 and not offsets and token is None:
-                fingerprint = headers[0].checksum  # says it all: it covers where the batch belongs, and its numbers
+            if len(headers) == 1 and not offsets and token is None:  # a call less for what is sent most
+                fingerprint = headers[0].checksum
             else:
                 fingerprint = wire.fingerprint(request, headers)
             known = last_seq <= producer.last_seq
@@ -720,10 +712,9 @@ class Core:
             if refusal is not None:
                 return refusal
             wire.verify(header, batch)
-            _, _, _, _, its_topic_id, its_partition, its_producer_id, first, last, _ = header
-            if (its_topic_id, its_partition, its_producer_id) != (topic_id, partition, producer_id):
+            if (header.topic_id, header.partition, header.producer_id) != (topic_id, partition, producer_id):
                 return Failed(Code.BAD_REQUEST, "the batch was made for another topic, partition or producer")
-            if producer_id and (first <= prev_seq or last > last_seq):
+            if producer_id and (header.first_seq <= prev_seq or header.last_seq > last_seq):
                 return Failed(Code.BAD_REQUEST, "the batch has numbers that the commit does not take")
             self._partition(topic_id, partition)  # read now: damage must refuse before anything changes
             size += len(batch) + ROW_BYTES
@@ -1320,7 +1311,7 @@ class Core:
                 try:
                     more |= self._trim_partition(row, index, now_ms)
                 except Damaged as damage:  # what cannot be read is left as it is, and hurts no other
-                    self._damage = f"of a partition nothing is removed: {damage}"
+                    self._damage = f"of a partition nothing is removed: {damage}. {_MEND}"
                     gone = False
             if gone and not more:
                 self._remove_deleted(row)
@@ -1375,12 +1366,13 @@ class Core:
                 stored = self._rows.producer(producer_id)
                 row = self._producer_row(producer_id) if stored is not None and stored.anonymous else None
             except Damaged as damage:
-                self._damage = f"a producer cannot be read: {damage}"
+                self._damage = f"a producer cannot be read: {damage}. {_MEND}"
                 continue
             if row is not None and row.seen_ms < now.wall_ms - self._limits.anonymous_idle_ms:
                 self._remove_producer(row)
 
 
+_MEND = wire.REMEDIES[Code.STORE_DAMAGED].remedy
 _CLOSING = frozenset({Code.PROTOCOL_MISMATCH, Code.AUTH_FAILED, Code.CHECKSUM_MISMATCH})
 """Refusals after which the bytes of a connection count for nothing more."""
 

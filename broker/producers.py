@@ -1,7 +1,7 @@
-"""Producers: the row of a name, what commits make of it, and the rules that need nothing but that row.
+"""Producers: the row of a name, what commits make of it, and the rules that need nothing but that.
 
-Pure: no clock, no store, no connection. A rule takes the row as it is decided and returns what it becomes, or
-the refusal. The numbers are those of PROTOCOL.md.
+Pure: no clock, no store, no connection. A rule takes the producer as it is decided, or its row, and returns
+what becomes of it, what it was answered, or the refusal. The numbers are those of PROTOCOL.md.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ class Producer:
         )
 
     def tell(self) -> ProducerRow | Advance:
-        """What of it is to be stored, after at least one commit, or because the row is new."""
+        """What of it is to be stored, after at least one commit, or because the row is new.
+
+        The whole row every time was most of what deduplication cost.
+        """
         untold, self._untold = self._untold, []
         self._told.extend(untold)
         if self._stored:
@@ -160,10 +163,10 @@ def opening(
 
 def remembered(producer: Producer, last_seq: int, fingerprint: int) -> list[Position] | None:
     """What exactly this commit was answered, if it is among the last K."""
-    return next((positions(result) for result in producer.results() if result[:2] == (last_seq, fingerprint)), None)
+    return next((positions_of(result) for result in producer.results() if result[:2] == (last_seq, fingerprint)), None)
 
 
-def positions(result: Result) -> list[Position]:
+def positions_of(result: Result) -> list[Position]:
     """Where its batches lie."""
     return list(map(Position, result[2::2], result[3::2]))
 

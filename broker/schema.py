@@ -28,9 +28,9 @@ What earlier formats left stays as it is until it changes. The rows of positions
 then; formats 1 and 2 had in each result the positions in a list of their own.
 
 To change the format:
- 1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover,
-    Position, Advance, State), a batch's fixed header or `wire.fingerprint` raises FORMAT_VERSION by one.
-    tests/test_schema.py holds the bytes still.
+ 1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover, Advance,
+    State), a batch's fixed header, `wire.fingerprint` or what `core.py` takes in its place raises FORMAT_VERSION by
+    one. tests/test_schema.py holds the bytes still.
  2. `store.py` upgrades the version before in ONE transaction at start, before anything is served; a store of a later
     version is refused. The "format" row keeps its place and shape for ever.
  3. A data directory made by the version before stays in tests/data/format-N/, and a test opens it.
@@ -203,7 +203,7 @@ class Delta(NamedTuple):
 
     state: State
     producers: dict[int, Change]
-    """Rows are values."""
+    """A whole row is its value in `producers`."""
 
 
 def delta_value(key: bytes, state: State, producers: Mapping[int, Change]) -> bytes:

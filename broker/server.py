@@ -534,11 +534,12 @@ class Server:
     def met_damage(self, text: str) -> None:
         """A client was told that what it wants is damaged: tell the operator, too."""
         self.counts.damage_met += 1
-        self._damage = self._damage or f"damage was met: {text}"
+        text = f"damage was met: {text}. {wire.REMEDIES[wire.Code.STORE_DAMAGED].remedy}"
+        self._damage = self._damage or text
         now_ms = self.now().mono_ms
         if now_ms - self._damage_logged_ms >= LOG_MS:
             self._damage_logged_ms = now_ms
-            log.error("damage was met: %s", text)
+            log.error("%s", text)
 
     def _new_core(self) -> Core:
         return Core(self.store, self._limits, self._access_token, f"idemq {__version__}")

@@ -5,8 +5,9 @@ transaction, on the disk when it returns. `commit` belongs to one thread, reads 
 a short LMDB read transaction of its own, over what is committed.
 
 Producer rows are the dear case: each commit changes some, and in its place in the B-tree each dirties a page and is
-written whole. So a commit writes what it changed in them into one small delta, which lies where the store's state lies
-that it writes anyway, and the rows reach their places later, many commits in one (see `_Lazy`).
+written whole. So the core tells what is new of a row (`Advance`), and a commit writes it into one small delta, which
+lies where the store's state lies that it writes anyway, and the rows reach their places later, many commits in one (see
+`_Lazy`).
 """
 
 from __future__ import annotations
@@ -80,13 +81,12 @@ class Reason(StrEnum):
 
 
 class StoreError(Exception):
-    """A data directory cannot be opened; nothing in it was changed. `text` says what to do, `what` no more than why."""
+    """A data directory cannot be opened; nothing in it was changed. `text` says what to do, the cause why."""
 
-    def __init__(self, code: Reason, text: str, what: str = "") -> None:
+    def __init__(self, code: Reason, text: str) -> None:
         super().__init__(text)
         self.code = code
         self.text = text
-        self.what = what or text
 
 
 class StoreFull(Exception):
@@ -132,13 +132,14 @@ def tune_allocator() -> bool:
 
 
 class _Lazy:
-    """What deltas told of producers, whose rows do not stand, or only in part, in the B-tree.
+    """What deltas told of producers whose rows do not stand in the B-tree, or only in part.
 
     Two generations, so that a delta is dropped only when all its rows are in the B-tree: commits write deltas of the
     young one; the old one is moved into the B-tree in order of id, some rows with each commit. What is known of the old
     one stays known until the young one is old.
 
-    Of each producer that is known: what it was, and what commits made of it since. The lists never change.
+    Of each producer that is known: what it was, and what commits made of it since. No list changes, another takes its
+    place: readers are in other threads.
     """
 
     def __init__(self) -> None:
@@ -160,7 +161,7 @@ class _Lazy:
         self.young_start = self.next = following
 
     def tell(self, producer_id: int, change: schema.Change) -> None:
-        """A delta of the young generation tells this, where it advances of a producer that is known."""
+        """A delta of the young generation tells this; an Advance only of a producer that is known."""
         told = [change]
         if isinstance(change, Advance):
             told = [*self.told(producer_id), change]
@@ -638,7 +639,7 @@ def _lock_directory(directory: Path, force_filesystem: bool) -> int:
 
 
 def _refuse_strangers(directory: Path) -> None:
-    """Is it empty, or a data directory, one that is only just being made too?"""
+    """Raises StoreError for a directory that holds other things and no store. One that is being made holds none yet."""
     names = {entry.name for entry in directory.iterdir() if not entry.name.startswith(_NEW_PREFIX)}
     strangers = sorted(names - {LOCK_FILE, "lost+found"})
     if strangers and not (directory / STORE_FOLDER).exists():
@@ -747,7 +748,8 @@ class Snapshot:
             if not self.data_file.exists():
                 raise StoreError(
                     Reason.STORE_NOT_OURS,
-                    f"there is no {STORE_FOLDER}/data.mdb in {self.directory}: name a broker's data directory",
+                    f"there is no {STORE_FOLDER}/data.mdb in {self.directory}: name a broker's data directory, or"
+                    " restore it from a copy",
                 )
             # A copy of a data directory may have no lock file, and then nobody runs on it.
             locked = (self.directory / LOCK_FILE).exists()
@@ -787,7 +789,7 @@ def _check_file(path: Path) -> None:
     if path.is_dir() and not (path / "data.mdb").exists():
         raise StoreError(
             Reason.STORE_DAMAGED,
-            f"{path} has no data.mdb: restore a copy of it; or, where no broker ever ran, remove the folder",
+            f"{path} has no data.mdb: restore it from a copy; or, where no broker ever ran, remove the folder",
         )
     with Pages(str(path / "data.mdb")) as pages:
         if pages.missing and not pages.free_pages().issuperset(pages.missing):
@@ -829,9 +831,9 @@ def _refusal(directory: Path, error: Exception) -> StoreError:
             Reason.STORE_UNREADABLE,
             f"{directory} cannot be used: {error}: check its owner, its permissions, the mount and the free space",
         )
-    what = f"{directory} is damaged: {error.what if isinstance(error, Damaged) else error}"
     return StoreError(
-        Reason.STORE_DAMAGED, f"{what}; nothing was changed: run idemq verify on it, and restore a copy of it", what
+        Reason.STORE_DAMAGED,
+        f"{directory} is damaged: {error}; nothing was changed: run idemq verify on it, and restore it from a copy",
     )
 
 

@@ -62,7 +62,7 @@ class Reading:
         """What is fetched and not handed out."""
         self.bytes = 0
         self.served_last = 0
-        """Its number when it last got something, or nobody did: the lowest is asked for first."""
+        """When it last got something, or nobody did, as a rising number: the lowest is asked for first."""
 
     @property
     def name(self) -> tuple[str, int]:

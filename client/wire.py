@@ -200,7 +200,7 @@ REMEDIES: dict[Code, Meaning] = {
         False, "The bytes were damaged on their way: the client reconnects and sends again."
     ),
     Code.STORE_DAMAGED: Meaning(
-        False, "Stored bytes do not match their checksum: nothing was changed, run idemq verify."
+        False, "Nothing was changed: stop the broker, run idemq verify on its data directory, restore it from a copy."
     ),
     Code.OFFSET_TRUNCATED: Meaning(
         False,
@@ -1038,8 +1038,9 @@ def make_batch(
 def fingerprint(commit: Commit, headers: Sequence[BatchHeader]) -> int:
     """What tells a repeated commit from another one with the same `last_seq` (PROTOCOL rule 5).
 
-    Covers everything else that would be stored, and neither epoch nor prev_seq, which change on a retry. The value is
-    stored: another formula is another format (`broker/schema.py`).
+    Covers everything else that would be stored, and neither epoch nor prev_seq, which change on a retry. For a single
+    batch alone the core takes the batch's checksum, which covers as much. The value is stored: another formula is
+    another format (`broker/schema.py`).
     """
     checksums = [header.checksum.to_bytes(4, "big") for header in headers]
     content: bytes = _pack((commit.last_seq, commit.appends, checksums, commit.offsets, commit.token))

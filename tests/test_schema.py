@@ -247,11 +247,11 @@ def test_a_row_in_the_wrong_table_is_seen() -> None:
         schema.topic_row(key, schema.producer_value(key, ROW))
 
 
-def test_damage_says_where_and_what_to_do() -> None:
+def test_damage_says_where() -> None:
     key, value, decode = cases()["producers"]
     broken = bytearray(value)
     broken[random.Random(1).randrange(len(value))] ^= 1
-    with pytest.raises(Damaged, match=f"table producers, key {key.hex()}.*idemq verify"):
+    with pytest.raises(Damaged, match=f"table producers, key {key.hex()}: "):
         decode(key, bytes(broken))
 
 

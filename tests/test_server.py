@@ -244,7 +244,7 @@ def test_damage_is_told_for_its_partition_only_and_to_the_operator(hot: bool, ca
         assert (good.partition, good.code, len(good.batches)) == (0, "", 2)
         assert isinstance(client.call(*client.commit(4)), Committed)
         client.call(Fetch([Range(client.topic_id, 1, 0)], 1000, 0))
-        told = f"damage was met: {Damaged('row 7 does not match its checksum')}"
+        told = f"damage was met: row 7 does not match its checksum. {wire.REMEDIES[Code.STORE_DAMAGED].remedy}"
         assert [one.message for one in caplog.records if one.levelname == "ERROR"] == [told], (
             "it is not said again soon"
         )
@@ -263,7 +263,7 @@ def test_a_damaged_row_that_refuses_a_request_is_told_to_the_operator() -> None:
         store.producer_id = broken  # type: ignore[method-assign]
         assert client.call(wire.Open("p", "session", 0)).code == Code.STORE_DAMAGED
         alarm = json.loads(running.get("/api/status")[2])["alarm"]
-        assert alarm.startswith("damage was met: row 8 does not match its checksum; ")
+        assert alarm.startswith("damage was met: row 8 does not match its checksum. ")
         assert "idemq verify" in alarm, "what to do is said, too"
 
 

@@ -914,7 +914,9 @@ def test_a_path_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
 def test_a_store_without_its_file_is_refused(directory: Path) -> None:
     Store(directory).close()
     (directory / "store" / "data.mdb").unlink()
-    refused(directory, Reason.STORE_DAMAGED, r"store has no data\.mdb: restore a copy of it; or, where no broker ever")
+    refused(
+        directory, Reason.STORE_DAMAGED, r"store has no data\.mdb: restore it from a copy; or, where no broker ever"
+    )
 
 
 @pytest.mark.parametrize("table", list(Table))

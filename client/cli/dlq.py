@@ -54,7 +54,7 @@ def _ls(args: Namespace) -> int:
 
     table(args, _COLUMNS, reach.run(args, rows), _SHOWN)
     if others:
-        say(f"Not listed: {counted(others, 'message')} of {args.topic}, no word of where from: no dead letter.")
+        say(f"Not listed: {counted(others, 'message')} of {args.topic}, with no word of where from: no dead letters.")
     return OK
 
 
@@ -116,7 +116,8 @@ def _drop(args: Namespace) -> int:
     places = _places(args)
     if not args.yes:
         count = reach.run(args, lambda mq: _count(mq, args.topic, places))
-        confirm(args, f"This drops {counted(count, 'message')} of {args.topic}, for good.")
+        if count:  # about nothing nobody is asked
+            confirm(args, f"This drops {counted(count, 'message')} of {args.topic}, for good.")
     record(args, {"dropped": reach.run(args, lambda mq: DeadLetters(mq, args.topic).drop(places))})
     return OK
 

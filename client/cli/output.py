@@ -171,7 +171,7 @@ class Progress:
 
     def __init__(self, unit: str, total: int | None = None) -> None:
         self._unit = unit
-        """Its plural."""
+        """What is counted, in the plural."""
         self.total = total
         """What `done` comes to in the end; None while that is not known."""
         self._terminal = sys.stderr.isatty()

@@ -163,13 +163,13 @@ def _arguments(parser: Parser) -> None:
         metavar="WHERE",
         type=start,
         default="earliest",
-        help="earliest (default), latest, an offset, or a time such as 2026-01-31T12:00; with -g where it is new",
+        help="earliest (default), latest, an offset, or a time such as 2026-01-31T12:00; with -g only for a new group",
     )
     parser.add_argument("-n", dest="count", metavar="N", type=count, help="end after N messages")
     parser.add_argument(
         "--exit-at-end",
         action="store_true",
-        help="end where the topic ended when this began, with -g once the group is there",
+        help="end where the topic ended when this began, with -g when the group has come that far",
     )
 
 

@@ -128,7 +128,9 @@ def _name(parser: Parser) -> None:
 def _create_arguments(parser: Parser) -> None:
     _name(parser)
     parser.add_argument("--partitions", metavar="N", type=count, default=1, help="default 1")
-    parser.add_argument("--retention", metavar="TIME", type=span, help="drop what is older, such as 7d")
+    parser.add_argument(
+        "--retention", metavar="TIME", type=span, help="drop what is older, such as 7d (a plain number is seconds)"
+    )
     parser.add_argument(
         "--retention-bytes", metavar="SIZE", type=byte_count, help="drop the oldest beyond this size of a partition"
     )
@@ -139,7 +141,7 @@ def _alter_arguments(parser: Parser) -> None:
     _name(parser)
     for option, metavar, kind, about in (
         ("--partitions", "N", count, "as many; they can only grow, and keys lead to other ones then"),
-        ("--retention", "TIME", span, "drop what is older, such as 7d, or none"),
+        ("--retention", "TIME", span, "drop what is older, such as 7d (a plain number is seconds), or none"),
         ("--retention-bytes", "SIZE", byte_count, "drop the oldest beyond this size of a partition, or none"),
     ):
         parser.add_argument(option, metavar=metavar, type=kind, default=SUPPRESS, help=about)

@@ -31,9 +31,8 @@ def _verify(args: Namespace) -> int:
         findings = [one._asdict() for one in report.findings]
         emit(summary | {"died": report.died or None, "rows": report.rows, "findings": findings})
     else:
-        record(args, summary | {f"rows of {name}": count for name, count in report.rows.items()})
-        if report.died:
-            record(args, {"died": report.died})
+        died = {"died": report.died} if report.died else {}
+        record(args, summary | died | {f"rows of {name}": count for name, count in report.rows.items()})
         if report.findings:
             table(args, ("where", "text"), report.findings)
     if report.clean:
