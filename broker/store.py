@@ -43,7 +43,8 @@ MAP_BYTES = 1 << 40
 """Address space for the map, not disk. Where the system grants less, the store asks for less."""
 MAP_BYTES_MIN = 1 << 30
 LAZY_BYTES_MAX = 8 << 20
-"""Bytes of deltas before their rows are moved on. What they tell is in memory, and is read at start, twice over."""
+"""Bytes of deltas, and of the rows under them that had to be looked up, before these are moved on. What they tell is
+in memory, and is read at start, twice over."""
 LAZY_FEW_ROWS = 4
 LAZY_FEW_BYTES_MAX = 3000
 """The same for so few rows that moving them costs less than a second page of deltas, which each commit would write."""
@@ -176,7 +177,8 @@ class _Lazy:
 
     def ids(self) -> set[int]:
         """Of all that are known."""
-        return {*self.old, *self.young}
+        young, old = self.young, self.old  # in this order, as `told` does: what ages meanwhile is in both
+        return {*young, *old}
 
     def told(self, producer_id: int) -> list[schema.Change]:
         """All that is known of this one; empty where the B-tree has to be asked."""
@@ -316,7 +318,7 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
-            self._look_up_producers(txn, group.producers)
+            looked_up = self._look_up_producers(txn, group.producers)
             written = self._write_delta(txn, state, group.producers)
             moved = self._move_lazy(txn, len(group.producers))
         except BaseException:
@@ -324,7 +326,7 @@ class Store:
             raise
         txn.commit()
         self._state = state
-        self._remember_lazy(group.producers, written, moved)
+        self._remember_lazy(group.producers, looked_up, written, moved)
         return self.space()
 
     def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
@@ -365,11 +367,13 @@ class Store:
             else:
                 self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
 
-    def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> None:
-        """Those that advance must be known. Raises Damaged."""
-        for producer_id, change in changes.items():
-            if isinstance(change, Advance) and not self._lazy.told(producer_id):
-                self._lazy.old[producer_id] = [self._placed(txn, producer_id)]
+    def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> dict[int, bytes | None]:
+        """Those that advance and are not known. Raises Damaged."""
+        return {
+            producer_id: self._placed(txn, producer_id)
+            for producer_id, change in changes.items()
+            if isinstance(change, Advance) and not self._lazy.told(producer_id)
+        }
 
     def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
         """What every commit writes; returns its bytes."""
@@ -390,19 +394,24 @@ class Store:
         ids = lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
         for producer_id in reversed(ids):
             key, row = schema.ID_KEY.pack(producer_id), schema.changed(producer_id, lazy.old[producer_id])
-            lazy.old[producer_id] = [row]
-            self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
+            value = None if row is None else schema.producer_value(key, row)
+            lazy.old[producer_id] = [value]  # and not the row, which takes eight times as much memory
+            self._write_producer(txn, key, value)
         if ids and len(ids) == len(lazy.old_ids):
             self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
         return len(ids)
 
-    def _remember_lazy(self, changes: Mapping[int, schema.Change], written: int, moved: int) -> None:
+    def _remember_lazy(
+        self, changes: Mapping[int, schema.Change], looked_up: Mapping[int, bytes | None], written: int, moved: int
+    ) -> None:
         """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
         lazy = self._lazy
         if changes:  # a delta without any is overwritten by the next
+            for producer_id, value in looked_up.items():
+                lazy.old[producer_id] = [value]
             for producer_id, change in changes.items():
                 lazy.tell(producer_id, change)
-            lazy.young_bytes += written
+            lazy.young_bytes += written + sum([len(value) for value in looked_up.values() if value is not None])
             lazy.next += 1
         if moved:
             del lazy.old_ids[-moved:]

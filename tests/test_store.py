@@ -645,6 +645,64 @@ def test_what_is_known_of_producers_stays_bounded(lmdb_store: Store) -> None:
         assert producer_rows(lmdb_store, 0, 100) == [rows[number] for number in sorted(rows)]
 
 
+def test_what_is_known_of_producers_stays_bounded_in_bytes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the rows are that small commits advance."""
+    monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 1000)
+    rows = {number: producer(number, 99, results=((99, 7, *range(400)),)) for number in range(1, 61)}
+    opened = Store(directory)
+    for row in rows.values():
+        opened.commit(created(row))
+    opened.close()
+    opened = Store(directory)
+    for counter in range(40):
+        opened.commit(Group(counter=counter))
+    opened.close()
+    opened = Store(directory)  # all rows are in their places, and none is known
+    assert not opened._lazy.ids()
+    for number, row in rows.items():
+        opened.commit(Group(producers={number: told(row, after_commit(row))}))
+        assert len(opened._lazy.young) <= store.LAZY_BYTES_MAX // 400 + 1, "each of them is more than 400 bytes"
+        moved = [known for one, [known, *_] in opened._lazy.old.items() if one not in opened._lazy.old_ids]
+        assert not any(isinstance(known, ProducerRow) for known in moved), "kept as it lies in its place"
+    assert producer_rows(opened, 0, 100) == [after_commit(row) for row in rows.values()]
+    opened.close()
+
+
+def test_a_group_that_is_not_stored_leaves_nothing_of_its_producers(lmdb_store: Store) -> None:
+    """Else each one, on a full disk, would leave more."""
+    row = producer(4)
+    lmdb_store.commit(created(row))
+    while lmdb_store._lazy.ids():
+        lmdb_store.commit(Group(producers={5: producer(5)}))
+        if lmdb_store._lazy.ids() <= {5}:
+            break
+    assert not lmdb_store._lazy.told(4)
+    lmdb_store._write_delta = _no_room  # type: ignore[method-assign]
+    with pytest.raises(StoreFull):
+        lmdb_store.commit(Group(producers={4: told(row, after_commit(row))}))
+    del lmdb_store._write_delta
+    assert not lmdb_store._lazy.told(4)
+
+
+def _no_room(*_: object) -> int:
+    raise lmdb.MapFullError("the test's disk is full")
+
+
+def test_what_ages_while_ids_are_listed_is_listed() -> None:
+    class AgesMeanwhile(store._Lazy):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if name in ("old", "young") and super().__getattribute__("__dict__").get("armed"):
+                self.armed = False
+                self.age()
+            return found
+
+    lazy = AgesMeanwhile()
+    lazy.tell(4, producer(4))
+    lazy.armed = True
+    assert lazy.ids() == {4}
+
+
 def test_the_deltas_of_few_producers_stay_in_one_page(lmdb_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as it is in production: a second page would be written with each commit."""
     monkeypatch.undo()
