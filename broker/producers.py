@@ -77,7 +77,8 @@ class Producer:
 
     def __init__(self, row: ProducerRow, results_max: int, stored: bool) -> None:
         """The last `results_max` results stay. `stored`: the row comes from the store."""
-        self._row = row
+        self._row = row._replace(results=())
+        """Its results are those in `_told`, and go when others come."""
         self._results_max = results_max
         self._stored = stored
         self._token = row.token
@@ -96,10 +97,7 @@ class Producer:
         if token is not None:
             self._token = token
         self._seen_ms = now_ms
-        result: Result = (last_seq, fingerprint)
-        for position in positions:
-            result += position
-        self._untold.append(result)
+        self._untold.append((last_seq, fingerprint, *chain.from_iterable(positions)))
 
     def results(self) -> tuple[Result, ...]:
         """Of the last commits."""
