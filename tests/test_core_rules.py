@@ -397,6 +397,29 @@ def test_a_clock_that_jumps_makes_nothing_old() -> None:
     assert len(broker.store.oldest(topic_id, 0, 1)) == broker.store.producer_count() == 0
 
 
+def test_an_anonymous_producer_that_commits_stays_also_after_a_restart() -> None:
+    broker = CoreBroker(anonymous_idle_ms=HOUR_MS)
+    connection = broker.connect()
+    producer = broker.open(connection, anonymous=True)
+    broker.tick(HOUR_MS - 1000)
+    broker.ask(connection, *commit(producer, -1, 0))
+    row = broker.store.producer(producer.producer_id)
+    assert row is not None
+    assert row.seen_ms == broker.now().wall_ms, "what is stored tells of the commit"
+
+
+def test_rule_5_the_same_batch_under_another_number_is_no_repetition() -> None:
+    """The fingerprint of one batch is its checksum, which does not cover the commit's own number."""
+    broker = CoreBroker()
+    connection = broker.connect()
+    topic_id = broker.topic(connection)
+    producer = broker.open(connection)
+    broker.ask(connection, *commit(producer, -1, 0, (topic_id, 0, 0)))
+    broker.ask(connection, *commit(producer, 0, 5))
+    request, payload = commit(producer, -1, 3, (topic_id, 0, 0))
+    assert broker.ask(connection, request, payload).code == Code.SEQUENCE_CONFLICT
+
+
 def test_only_anonymous_producers_expire() -> None:
     broker = CoreBroker(anonymous_idle_ms=HOUR_MS)
     connection = broker.connect()
