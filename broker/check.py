@@ -133,7 +133,7 @@ def _events(directory: Path, report: Report) -> Iterator[tuple[int, int]]:
                 yield from _Walk(txn, tables, report, snapshot.data_file.stat().st_size).run()
         except StoreError as error:
             if error.code == Reason.STORE_DAMAGED:
-                report.findings.append(Finding("file", str(error.__cause__)))
+                report.findings.append(Finding("file", str(error.__cause__)))  # without the advice to come here
             elif error.code != Reason.STORE_UNREADABLE or not report.findings:  # else: what was found keeps it closed
                 raise
 

@@ -78,7 +78,7 @@ class Producer:
     def __init__(self, row: ProducerRow, results_max: int, stored: bool) -> None:
         """The last `results_max` results stay. `stored`: the row comes from the store."""
         self._row = row._replace(results=())
-        """Its results are those in `_told`, and go when others come."""
+        """As it was, without its results, which go when others come: they are in `_told`."""
         self._results_max = results_max
         self._stored = stored
         self._token = row.token

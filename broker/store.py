@@ -82,7 +82,7 @@ class Reason(StrEnum):
 
 
 class StoreError(Exception):
-    """A data directory cannot be opened; nothing in it was changed. `text` says what to do, the cause why."""
+    """A data directory cannot be opened; nothing in it was changed. `text` says why, and what to do."""
 
     def __init__(self, code: Reason, text: str) -> None:
         super().__init__(text)

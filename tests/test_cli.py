@@ -811,6 +811,7 @@ def test_dead_letters_are_listed_shown_requeued_and_dropped(broker: Broker, topi
     assert (code, len(broker.json("dlq", "ls", dead))) == (errors.FAILURE, 2)
     assert broker.json("dlq", "drop", dead, "0:0", "--yes") == {"dropped": 1}
     assert broker.lines("dlq", "requeue", dead, "--all") == ["requeued\t1"]
+    assert broker.json("dlq", "drop", dead, "--all") == {"dropped": 0}, "about nothing nobody is asked"
     assert broker.lines("dlq", "ls", dead) == []
     assert len(broker.lines("sub", topic, "--exit-at-end")) == 5
 

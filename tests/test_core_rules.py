@@ -534,11 +534,13 @@ def test_a_damaged_row_in_the_way_of_housekeeping_hurts_no_other_and_is_the_oper
     broker.tick(2 * HOUR_MS)
     broker.tick(1000)
     assert f"producer {damaged.producer_id}" in broker.core.alarm
+    assert "idemq verify" in broker.core.alarm, "what to do is said, too"
     assert list(store.producer_ids(0, 10)) == [damaged.producer_id]
     store.damaged_producer = 0
     broker = CoreBroker(store, anonymous_idle_ms=HOUR_MS)
     broker.tick(2 * HOUR_MS)
     assert f"topic {topic_id}" in broker.core.alarm
+    assert "idemq verify" in broker.core.alarm
     assert store.oldest(topic_id, 1, 1) == [], "the other partition's retention goes on"
     broker.ask(broker.connect(), wire.DeleteTopic(topic_id))
     broker.tick(1000)
