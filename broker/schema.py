@@ -155,7 +155,7 @@ def log_row(key: bytes | memoryview, value: bytes | memoryview) -> LogRow:
 
 def producer_value(key: bytes, row: ProducerRow) -> bytes:
     """A producer's row."""
-    return _seal(Table.PRODUCERS, key, msgpack.packb(row[1:]))
+    return _seal(Table.PRODUCERS, key, _pack(row[1:]))
 
 
 def producer_row(key: bytes, value: bytes) -> ProducerRow:
@@ -266,7 +266,7 @@ def offset_key_of(key: bytes) -> OffsetKey:
 
 def offset_value(key: bytes, row: OffsetRow) -> bytes:
     """A group's position."""
-    return _seal(Table.OFFSETS, key, msgpack.packb(row))
+    return _seal(Table.OFFSETS, key, _pack(row))
 
 
 def offset_row(key: bytes, value: bytes) -> OffsetRow:
@@ -276,7 +276,7 @@ def offset_row(key: bytes, value: bytes) -> OffsetRow:
 
 def topic_value(key: bytes, row: TopicRow) -> bytes:
     """A topic."""
-    return _seal(Table.TOPICS, key, msgpack.packb(row[1:]))
+    return _seal(Table.TOPICS, key, _pack(row[1:]))
 
 
 def topic_row(key: bytes, value: bytes) -> TopicRow:

@@ -50,7 +50,7 @@ LAZY_FEW_BYTES_MAX = 3000
 """The same for so few rows that moving them costs less than a second page of deltas, which each commit would write."""
 LAZY_DELTAS_MAX = 256
 """Deltas before their rows are moved on, so that dropping them stays cheap."""
-LAZY_CHANGES_MAX = 8
+LAZY_CHANGES_MAX = 16
 """What was told of one producer is kept in so many pieces before they are put together."""
 LAZY_STEP_ROWS = 16
 """Rows moved into the B-tree by one commit, at least."""
@@ -139,8 +139,8 @@ class _Lazy:
     young one; the old one is moved into the B-tree in order of id, some rows with each commit. What is known of the old
     one stays known until the young one is old.
 
-    Of each producer that is known: what it was, and what commits made of it since. No list changes, another takes its
-    place: readers are in other threads.
+    Of each producer that is known: what it was, and what commits made of it since. A list grows at its end, or another
+    takes its place: readers are in other threads.
     """
 
     def __init__(self) -> None:
@@ -163,10 +163,14 @@ class _Lazy:
 
     def tell(self, producer_id: int, change: schema.Change) -> None:
         """A delta of the young generation tells this; an Advance only of a producer that is known."""
-        told = [change]
-        if isinstance(change, Advance):
+        told = self.young.get(producer_id)
+        if not isinstance(change, Advance):
+            self.young[producer_id] = [change]
+        elif told is not None and len(told) < LAZY_CHANGES_MAX:
+            told.append(change)
+        else:
             told = [*self.told(producer_id), change]
-        self.young[producer_id] = told if len(told) <= LAZY_CHANGES_MAX else [schema.changed(producer_id, told)]
+            self.young[producer_id] = told if len(told) <= LAZY_CHANGES_MAX else [schema.changed(producer_id, told)]
 
     def age(self) -> None:
         """The young generation becomes the old one."""
@@ -319,8 +323,8 @@ class Store:
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
             looked_up = self._look_up_producers(txn, group.producers)
-            written = self._write_delta(txn, state, group.producers)
             moved = self._move_lazy(txn, len(group.producers))
+            written = self._write_delta(txn, state, group.producers)
         except BaseException:
             txn.abort()
             raise
@@ -369,10 +373,11 @@ class Store:
 
     def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> dict[int, bytes | None]:
         """Those that advance and are not known. Raises Damaged."""
+        young = self._lazy.young  # where mostly it is
         return {
             producer_id: self._placed(txn, producer_id)
             for producer_id, change in changes.items()
-            if isinstance(change, Advance) and not self._lazy.told(producer_id)
+            if producer_id not in young and isinstance(change, Advance) and not self._lazy.told(producer_id)
         }
 
     def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
@@ -399,7 +404,10 @@ class Store:
             lazy.old[producer_id] = [row if len(lazy.old) <= LAZY_FEW_ROWS else value]
             self._write_producer(txn, key, value)
         if ids and len(ids) == len(lazy.old_ids):
-            self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
+            if lazy.young_start == lazy.next:  # there are no others: one call, as mostly where producers are few
+                txn.drop(self._tables[Table.DELTAS], delete=False)
+            else:
+                self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
         return len(ids)
 
     def _remember_lazy(
@@ -410,9 +418,10 @@ class Store:
         if changes:  # a delta without any is overwritten by the next
             for producer_id, value in looked_up.items():
                 lazy.old[producer_id] = [value]
+                written += len(value or b"")
             for producer_id, change in changes.items():
                 lazy.tell(producer_id, change)
-            lazy.young_bytes += written + sum([len(value) for value in looked_up.values() if value is not None])
+            lazy.young_bytes += written
             lazy.next += 1
         if moved:
             del lazy.old_ids[-moved:]
