@@ -1,8 +1,10 @@
 """What every test shares: how Hypothesis searches, what SIGINT does, and the real input."""
 
 import lzma
+import os
 import signal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import hypothesis
 import pytest
@@ -14,6 +16,11 @@ hypothesis.settings.load_profile("idemq")
 # Whatever a shell script starts with `&` ignores SIGINT, and so does whatever that starts in turn.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where Python is told to keep no compiled code, the hundreds of processes that tests start would compile it all again.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    _compiled = TemporaryDirectory(prefix="idemq-tests-compiled-")
+    os.environ["PYTHONPYCACHEPREFIX"] = _compiled.name
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def test_a_full_disk_refuses_and_a_bad_one_stops_the_store() -> None:
 
 
 def test_no_flipped_bit_goes_unseen() -> None:
-    summary = experiment("flips", "--flips", "300")
+    summary = experiment("flips", "--flips", "200")
     assert summary["wrong"] == []
     assert summary["outcomes"]["refused, found by check"] > 100
 
@@ -72,6 +72,6 @@ def test_a_real_power_cut_loses_nothing(tmp_path: Path) -> None:
 
     if not powercut.possible():
         pytest.skip("no loop devices here; `python -m tests.crash.powercut` is its command")
-    summary = powercut.run(tmp_path, rounds=6, planted="")
+    summary = powercut.run(tmp_path, rounds=4, planted="")
     assert summary["commits"] > 100
     assert summary["wrong"] == []
