@@ -570,6 +570,7 @@ def test_a_commit_writes_what_is_new_of_a_producer(lmdb_store: Store) -> None:
     lmdb_store.commit(Group(producers={4: other}))
     value = schema.producer_value(schema.ID_KEY.pack(4), other)
     assert deltas()[-1].producers == {4: value}, "an opened producer is written whole"
+    assert lmdb_store._lazy.told(4) == [other], "and what was told before is let go"
     lmdb_store.commit(Group(producers={4: None}, names={"name-4": None}))
     assert deltas()[-1].producers == {4: None}
     for counter in range(1, 40):

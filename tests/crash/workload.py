@@ -28,11 +28,14 @@ START_MS = 1_700_000_000_000
 Content = tuple[Any, ...]
 
 
-def hurry() -> None:
-    """Let rows that wait in deltas move on within a few commits, in this process, so that each stage of it is met."""
+def hurry(deltas: int = 4, rows: int = 3) -> None:
+    """Let rows that wait in deltas move on within a few commits, in this process, so that each stage of it is met.
+
+    After so many deltas, at least so many rows in each commit.
+    """
     store.LAZY_BYTES_MAX = 3000
-    store.LAZY_DELTAS_MAX = 4
-    store.LAZY_STEP_ROWS = 3
+    store.LAZY_DELTAS_MAX = deltas
+    store.LAZY_STEP_ROWS = rows
     store.LAZY_FEW_BYTES_MAX = 500
 
 
