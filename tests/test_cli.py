@@ -538,7 +538,7 @@ def test_a_load_says_that_the_broker_is_away_and_on_ctrl_c_how_far_it_came(tmp_p
             load.send_signal(signal.SIGINT)
             assert load.wait(SECONDS_MAX) == 130
             said = load.stderr.read().decode()
-    assert said == "Stored: 2 lines. The same command with the same input goes on from there.\n"
+    assert said == "Stored: at least 2 lines. The same command with the same input goes on behind what is stored.\n"
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(broker: Broker, topic: str) -> None:

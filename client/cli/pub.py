@@ -101,8 +101,8 @@ async def _lines(args: Namespace, mq: Client, key: bytes | None) -> None:
             except asyncio.CancelledError:
                 if args.producer is not None:
                     tell(
-                        f"Stored: {counted(producer.last_seq + 1, 'line')}. The same command with the same input goes "
-                        "on from there."
+                        f"Stored: at least {counted(producer.last_seq + 1, 'line')}. The same command with the same "
+                        "input goes on behind what is stored."
                     )
                 raise
             except IdemqError as error:
