@@ -35,9 +35,9 @@ class Plan:
     scale: float
     """1 for the real thing; `--quick` takes a small part of the messages, or of `dedup`'s blocks."""
 
-    def messages(self, full: int, least: int = 200) -> int:
+    def messages(self, full: int) -> int:
         """A part of the full number."""
-        return max(least, int(full * self.scale))
+        return max(50, int(full * self.scale))
 
 
 class Row(NamedTuple):

@@ -56,7 +56,7 @@ async def txn(plan: Plan) -> Rows:
     """
     value = os.urandom(plan.sizes[0])
     for each, full in ((1, 1_000), (10, 1_000), (100, 500)):
-        count = plan.messages(full, least=50)
+        count = plan.messages(full)
         ways: dict[str, tuple[int, Way]] = {
             "one at a time": (count, partial(_by_hand, in_flight=1)),
             f"{IN_FLIGHT} in flight": (4 * count, partial(_by_hand, in_flight=IN_FLIGHT)),

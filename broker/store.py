@@ -373,11 +373,10 @@ class Store:
 
     def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> dict[int, bytes | None]:
         """Those that advance and are not known. Raises Damaged."""
-        young = self._lazy.young  # where mostly it is
         return {
             producer_id: self._placed(txn, producer_id)
             for producer_id, change in changes.items()
-            if producer_id not in young and isinstance(change, Advance) and not self._lazy.told(producer_id)
+            if isinstance(change, Advance) and not self._lazy.told(producer_id)
         }
 
     def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
