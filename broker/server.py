@@ -33,7 +33,7 @@ from idemq.client import wire
 from idemq.client.wire import Code, Failed
 
 from .config import Config
-from .core import Connection, Core, Group, Now, Output, Read, Reply, Space
+from .core import Connection, Core, Group, Now, Output, Read, Reply
 from .fetches import HotTail, bytes_allowed, collect
 from .store import Storage, StoreFull
 
@@ -681,7 +681,7 @@ class Server:
             group = core.begin()
             if group is None or group.writes:
                 break
-            self.send(outputs + core.committed(None))
+            self.send(outputs + core.committed())
         if group is not None:
             self._group = group
             self._groups.put(group)
@@ -710,21 +710,21 @@ class Server:
         """The writer thread: the only one that writes to the store."""
         while (group := self._groups.get()) is not None:
             began = time.monotonic()
-            outcome: Space | BaseException
+            outcome: BaseException | None = None
             try:
-                outcome = self.store.commit(group)
+                self.store.commit(group)
             except BaseException as error:  # noqa: BLE001 - the loop decides what it means
                 outcome = error
             self.loop.call_soon_threadsafe(self._written, group, outcome, time.monotonic() - began)
 
-    def _written(self, group: Group, outcome: Space | BaseException, seconds: float) -> None:
+    def _written(self, group: Group, outcome: BaseException | None, seconds: float) -> None:
         self._group = None
-        if isinstance(outcome, Space):
+        if outcome is None:
             self.counts.stored(group, seconds)
             if group.appends:
                 self._hot.add(group)
                 self._live_until_ms = self.now().mono_ms + LIVE_MS
-            self.send(self.core.committed(outcome))
+            self.send(self.core.committed())
         elif isinstance(outcome, StoreFull):
             self.counts.group_commit_failures += 1
             log.error("nothing of a group commit was stored, all connections are closed: %s", outcome)

@@ -101,7 +101,7 @@ class StoreBroken(Exception):
 class Storage(Rows, Protocol):
     """What the server needs of a store: the committed rows, and one way to change them."""
 
-    def commit(self, group: Group) -> Space:
+    def commit(self, group: Group) -> None:
         """Make a group durable, all of it or nothing. Raises StoreFull (nothing stored) or StoreBroken (unknown)."""
 
     def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
@@ -284,12 +284,12 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------- commit
 
-    def commit(self, group: Group) -> Space:
+    def commit(self, group: Group) -> None:
         """See `Storage.commit`. After StoreBroken every further commit raises it too."""
         if self._broken:
             raise StoreBroken("an earlier commit failed: this process must end")
         try:
-            return self._commit(group)
+            self._commit(group)
         except Exception as error:
             if _is_full(error):
                 self._refuse_when_panicked(error)
@@ -305,7 +305,7 @@ class Store:
             self._broken = True
             raise StoreBroken(f"a commit failed, its outcome is unknown: {error}; {panic}") from error
 
-    def _commit(self, group: Group) -> Space:
+    def _commit(self, group: Group) -> None:
         state = schema.State(
             self._state.counter if group.counter is None else group.counter,
             self._state.commits + 1,
@@ -331,7 +331,6 @@ class Store:
         txn.commit()
         self._state = state
         self._remember_lazy(group.producers, looked_up, written, moved)
-        return self.space()
 
     def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
         """LMDB answers a put that it did not do by returning False."""
@@ -889,7 +888,7 @@ class MemoryStore:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def commit(self, group: Group) -> Space:
+    def commit(self, group: Group) -> None:
         """See `Storage.commit`. Raises StoreBroken before anything is changed."""
         for stored in group.appends:
             log = self._logs.get((stored.topic_id, stored.partition))
@@ -924,7 +923,6 @@ class MemoryStore:
         if group.counter is not None:
             self._counter = group.counter
         self._commits += 1
-        return self.space()
 
     def read(self, topic_id: int, partition: int, offset: int, bytes_max: int, limit_offset: int) -> list[Batch]:
         """See `Storage.read`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from idemq.broker.core import Read, Space
+import pytest
+
+from idemq.broker.core import ROW_BYTES, Read
 from idemq.client import wire
 from idemq.client.wire import Code
 
@@ -44,7 +46,8 @@ def test_a_readers_newer_fetch_takes_the_place_of_the_one_that_waits() -> None:
     for reader in (0, 8):
         assert broker.step(mine, fetch._replace(reader=reader)).message.code == Code.BUSY
     broker.step(mine, *commit(None, -1, 0, (topic_id, 0, 0)))
-    woken = broker.core.committed(broker.store.commit(broker.begin()))
+    broker.store.commit(broker.begin())
+    woken = broker.core.committed()
     assert [(one.connection, one.correlation) for one in woken if isinstance(one, Read)] == [
         (mine, first + 1),
         (other, first + 2),
@@ -56,14 +59,31 @@ def test_space_that_was_freed_from_outside_is_noticed_without_a_write() -> None:
     broker = CoreBroker()
     connection = broker.connect()
     topic_id = broker.topic(connection)
-    full = Space(used_bytes=0, disk_bytes=0, txn_id=1)
-    broker.step(connection, wire.CreateTopic("u", 1, wire.Settings(), True))
-    broker.core.begin()
-    broker.core.committed(full)
-    assert broker.append(connection, topic_id).code == Code.STORE_FULL
-    broker.mono_ms += 10_000
-    broker.core.tick(broker.now())  # measures the store, which has room
-    assert isinstance(broker.append(connection, topic_id), wire.Committed)
+    for disk_bytes, stored in ((0, False), (1 << 40, True), (0, False)):
+        broker.store.disk_bytes = disk_bytes
+        broker.mono_ms += 1000
+        broker.core.tick(broker.now())  # measures the store
+        assert isinstance(broker.append(connection, topic_id), wire.Committed) == stored
+
+
+@pytest.mark.parametrize("limit", ["the store", "the disk"])
+def test_what_was_stored_since_the_space_was_measured_counts(limit: str) -> None:
+    """The store is asked once a second, and more may come in it than there is room for."""
+    room = 1 << 20
+    broker = CoreBroker(store_bytes_max=room if limit == "the store" else 1 << 40, store_bytes_headroom=0)
+    broker.store.disk_bytes = room if limit == "the disk" else 1 << 40
+    broker.core.tick(broker.now())
+    connection = broker.connect()
+    topic_id = broker.topic(connection)
+    for _ in range(1000):
+        answer = broker.append(connection, topic_id)
+        if not isinstance(answer, wire.Committed):
+            break
+        space = broker.core.space
+        assert space.used_bytes >= broker.store.space().used_bytes
+        assert space.txn_id == broker.store.space().txn_id
+    assert answer.code == Code.STORE_FULL
+    assert room - 2 * ROW_BYTES < broker.core.space.used_bytes <= room
 
 
 def test_a_late_copy_of_an_administrators_request_undoes_nothing() -> None:

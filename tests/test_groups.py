@@ -45,7 +45,9 @@ class Cluster(CoreBroker):
     def flush(self) -> None:
         """Make durable what was decided."""
         while (group := self.core.begin()) is not None:
-            self.keep(self.core.committed(self.store.commit(group) if group.writes else None))
+            if group.writes:
+                self.store.commit(group)
+            self.keep(self.core.committed())
 
     def ask(self, connection: Any, request: Any, payload: bytes = b"") -> Any:
         answer = self.step(connection, request, payload)
@@ -213,7 +215,8 @@ def test_a_grant_is_told_when_it_is_durable() -> None:
     assert cluster.step(worker.connection, worker.membership.report(0)) is None  # the same, while that is on its way
     again = cluster.number
     assert cluster.core.begin() is None
-    cluster.keep(cluster.core.committed(cluster.store.commit(group)))
+    cluster.store.commit(group)
+    cluster.keep(cluster.core.committed())
     first, second = cluster.answers[number], cluster.answers[again]
     assert first.leases[0].lease == second.leases[0].lease == cluster.row(topic_id).lease
 
@@ -247,7 +250,8 @@ def test_a_partition_moves_in_two_phases() -> None:
     assert cluster.step(one.connection, one.membership.report(0)) is None
     number, group = cluster.number, cluster.begin()
     assert not {number, waiting} & cluster.answers.keys(), "not before the disk has it"
-    cluster.keep(cluster.core.committed(cluster.store.commit(group)))
+    cluster.store.commit(group)
+    cluster.keep(cluster.core.committed())
     assert cluster.answers[number].leases == []
     [lease] = two.told(waiting).granted
     assert (lease.partition, lease.next) == (moving.partition, 4)
@@ -804,7 +808,8 @@ def test_a_member_that_waits_is_told_that_its_topic_is_deleted() -> None:
     assert cluster.step(cluster.admin, wire.DeleteTopic(one)) is None
     group = cluster.begin()
     assert parked not in cluster.answers, "not before the disk has it"
-    cluster.keep(cluster.core.committed(cluster.store.commit(group)))
+    cluster.store.commit(group)
+    cluster.keep(cluster.core.committed())
     failed = cluster.answers.pop(parked)
     assert (failed.code, failed.text) == (Code.UNKNOWN_TOPIC, f"there is no topic {one} (any more)")
     assert worker.refused().code == Code.UNKNOWN_TOPIC

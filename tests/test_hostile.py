@@ -830,7 +830,9 @@ class Direct:
     def settle(self) -> list[Any]:
         outputs: list[Any] = []
         while (group := self.core.begin()) is not None:
-            outputs += self.core.committed(self.store.commit(group) if group.writes else None)
+            if group.writes:
+                self.store.commit(group)
+            outputs += self.core.committed()
         _, due = self.core.tick(self.now)
         return outputs + due
 

@@ -17,7 +17,7 @@ import pytest
 
 from idemq.broker import fetches
 from idemq.broker import server as server_module
-from idemq.broker.core import Damaged, Group, Read, ReadRange, Space, Stored
+from idemq.broker.core import Damaged, Group, Read, ReadRange, Stored
 from idemq.broker.fetches import FETCH_BATCHES_MAX, HotTail, collect
 from idemq.broker.producers import ProducerRow
 from idemq.broker.store import READ_BATCHES_MAX, MemoryStore, Storage, Store, StoreBroken, StoreFull
@@ -54,14 +54,14 @@ class Held(MemoryStore):
         self.error: Exception | None = None
         self.read_error: Exception | None = None
 
-    def commit(self, group: Group) -> Space:
+    def commit(self, group: Group) -> None:
         self.waiting.set()
         assert self.go.wait(TIMEOUT_S)
         self.groups.append(group)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        return super().commit(group)
+        super().commit(group)
 
     def read(self, *args: int) -> list[tuple[int, int, bytes]]:
         if self.read_error is not None:

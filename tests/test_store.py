@@ -128,8 +128,9 @@ def test_new_store_is_empty(any_store: Storage) -> None:
 
 
 def test_commit_counts_and_keeps_the_counter(any_store: Storage) -> None:
-    assert any_store.commit(Group(counter=7)).txn_id == 1
-    assert any_store.commit(Group(topics={7: topic(7)})).txn_id == 2
+    any_store.commit(Group(counter=7))
+    assert any_store.space().txn_id == 1
+    any_store.commit(Group(topics={7: topic(7)}))
     assert any_store.counter() == 7
     assert any_store.space().txn_id == 2
 
@@ -302,10 +303,12 @@ def test_space_grows_and_shrinks(any_store: Storage) -> None:
     before = any_store.space()
     body = os.urandom(1 << 20)
     stored = [Stored(1, 0, offset, 1, 0, batch(1, 0, 1, body)) for offset in range(4)]
-    full = any_store.commit(Group(appends=stored))
+    any_store.commit(Group(appends=stored))
+    full = any_store.space()
     assert full.used_bytes >= before.used_bytes + (4 << 20)
     assert full.used_bytes <= before.used_bytes + (4 << 20) + 20 * 4096
-    after = any_store.commit(Group(trims=[Trim(1, 0, 4)]))
+    any_store.commit(Group(trims=[Trim(1, 0, 4)]))
+    after = any_store.space()
     assert after.used_bytes < before.used_bytes + (1 << 20)
     assert after.disk_bytes > 0
 

@@ -102,7 +102,7 @@ def _groups(memory: MemoryStore, dice: random.Random) -> Iterator[Group]:
             continue
         if group.writes:
             yield group
-        core.committed(memory.space())
+        core.committed()
 
 
 def _requests(memory: MemoryStore, dice: random.Random, step: int) -> Iterator[tuple[Any, bytes]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply, Space
+from idemq.broker.core import Connection, Core, Group, Now, Output, Read, Reply
 from idemq.broker.groups import ConsumerGroup, Member, OffsetKey, OffsetRow
 from idemq.client import wire
 from idemq.client.errors import OutcomeUnknown, StoreReplaced
@@ -182,10 +182,10 @@ class WatchedCore(Core):
             COUNTS["core: a group without writes"] += 1
         return group
 
-    def committed(self, space: Space | None) -> list[Output]:
+    def committed(self) -> list[Output]:
         if self._building.writes:
             COUNTS["core: decided while a group is in flight"] += 1
-        outputs = super().committed(space)
+        outputs = super().committed()
         COUNTS["core: a waiting Fetch is woken"] += sum([type(output) is Read for output in outputs])
         return outputs
 

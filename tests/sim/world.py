@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply, Space
+from idemq.broker.core import Connection, Core, Group, Limits, Now, Read, Reply
 from idemq.broker.fetches import collect
 from idemq.broker.store import MemoryStore, StoreBroken
 from idemq.client import wire
@@ -569,7 +569,7 @@ class World:
                 return
             if group.writes:
                 break
-            self._output(core.committed(None))
+            self._output(core.committed())
         self.group = group
         self.after(self.disk_s * (0.5 + self.random()), self._written, core, group)
 
@@ -581,9 +581,9 @@ class World:
             self.note("the group failed: nothing of it is stored")
             self._group_failed()
             return
-        space = self._store(group)
+        self._store(group)
         self.group = None
-        self._output(core.committed(space))
+        self._output(core.committed())
         if not self.beginning:
             self.beginning = True
             self.after(self.random() * 0.001, self._begin, None, None)
@@ -595,11 +595,12 @@ class World:
         self.core = self._new_core()
 
     def _durable(self, group: Group) -> None:
-        self.core.committed(self._store(group))
+        self._store(group)
+        self.core.committed()
 
-    def _store(self, group: Group) -> Space:
+    def _store(self, group: Group) -> None:
         try:
-            space = self.store.commit(group)
+            self.store.commit(group)
         except StoreBroken as error:
             raise Violation(f"the store is broken: {error}") from error
         if self.trace is not None:
@@ -608,7 +609,6 @@ class World:
             )
         self.commits += 1
         self.oracle.durable(group, self._asked, self.now)
-        return space
 
     def _asked(self, connection: Connection, correlation: int) -> Any:
         """What was asked on this connection under this number."""
