@@ -651,11 +651,10 @@ class Core:
                     return wire.Committed(True, answered)
                 return producers.fenced(producer.row(), epoch)
             # 4
-            newest = self._serials.get(producer_id, 0)
-            if connection.serial != newest:
-                if connection.serial < newest:
+            if connection.serial != producer.serial:
+                if connection.serial < self._serials.get(producer_id, 0):
                     return Failed(Code.STALE_CONNECTION, f"producer {producer.name!r} has a newer connection")
-                self._serials[producer_id] = connection.serial
+                self._serials[producer_id] = producer.serial = connection.serial
             # 5
             if known:
                 if answered is not None:
@@ -683,8 +682,15 @@ class Core:
             if moved is not position:
                 self._put_offset(key, moved)
         if producer is not None:
-            producer.commit(last_seq, token, fingerprint, positions, now.wall_ms)
-            self._building.changed[producer_id] = producer
+            if not producer.untold:
+                self._building.changed[producer_id] = producer
+            producer.last_seq, producer.seen_ms = last_seq, now.wall_ms
+            if token is not None:
+                producer.token = token
+            if len(positions) == 1:  # a call less, mostly
+                producer.untold.append((last_seq, fingerprint, *positions[0]))
+            else:
+                producer.untold.append(producers.result_of(last_seq, fingerprint, positions))
         return wire.Committed(False, positions)
 
     def _offsets_refused(self, request: wire.Commit) -> Failed | None:

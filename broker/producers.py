@@ -60,19 +60,20 @@ class Advance(NamedTuple):
 
 
 class Producer:
-    """A producer as it is decided. A commit changes it in place; what is new is told once for all of a group."""
+    """A producer as it is decided. Commits change it in place; what is new is told once for all of a group."""
 
     __slots__ = (
         "_results_max",
         "_row",
-        "_seen_ms",
         "_stored",
-        "_token",
         "_told",
-        "_untold",
         "epoch",
         "last_seq",
         "name",
+        "seen_ms",
+        "serial",
+        "token",
+        "untold",
     )
 
     def __init__(self, row: ProducerRow, results_max: int, stored: bool) -> None:
@@ -81,34 +82,25 @@ class Producer:
         """As it was, without its results, which go when others come: they are in `_told`."""
         self._results_max = results_max
         self._stored = stored
-        self._token = row.token
-        self._seen_ms = row.seen_ms
         self._told = deque(row.results, results_max)
-        self._untold: list[Result] = []
+        self.untold: list[Result] = []
+        """Of the commits since then. Empty unless the group being built will ask."""
         self.name = row.name
         self.epoch = row.epoch
         self.last_seq = row.last_seq
-
-    def commit(
-        self, last_seq: int, token: bytes | None, fingerprint: int, positions: Sequence[Position], now_ms: int
-    ) -> None:
-        """Rule 8: a commit is applied."""
-        self.last_seq = last_seq
-        if token is not None:
-            self._token = token
-        self._seen_ms = now_ms
-        head = (last_seq, fingerprint)
-        # Mostly there is one, for which the general way takes three times as long.
-        self._untold.append(head + positions[0] if len(positions) == 1 else (*head, *chain.from_iterable(positions)))
+        self.token = row.token
+        self.seen_ms = row.seen_ms
+        self.serial = 0
+        """The newest connection that it committed over, unless it was not in memory then."""
 
     def results(self) -> tuple[Result, ...]:
         """Of the last commits."""
-        return (*self._told, *self._untold)[-self._results_max :]
+        return (*self._told, *self.untold)[-self._results_max :]
 
     def row(self) -> ProducerRow:
         """As it is decided now."""
         return self._row._replace(
-            last_seq=self.last_seq, token=self._token, seen_ms=self._seen_ms, results=self.results()
+            last_seq=self.last_seq, token=self.token, seen_ms=self.seen_ms, results=self.results()
         )
 
     def tell(self) -> ProducerRow | Advance:
@@ -116,10 +108,10 @@ class Producer:
 
         The whole row every time was most of what deduplication cost.
         """
-        untold, self._untold = self._untold, []
+        untold, self.untold = self.untold, []
         self._told.extend(untold)
         if self._stored:
-            return Advance(self._seen_ms, self._token, len(self._told), tuple(untold[-self._results_max :]))
+            return Advance(self.seen_ms, self.token, len(self._told), tuple(untold[-self._results_max :]))
         self._stored = True
         return self.row()
 
@@ -164,6 +156,11 @@ def opening(
 def remembered(producer: Producer, last_seq: int, fingerprint: int) -> list[Position] | None:
     """What exactly this commit was answered, if it is among the last K."""
     return next((positions_of(result) for result in producer.results() if result[:2] == (last_seq, fingerprint)), None)
+
+
+def result_of(last_seq: int, fingerprint: int, positions: Sequence[Position]) -> Result:
+    """What a commit was answered, to be kept."""
+    return (last_seq, fingerprint, *chain.from_iterable(positions))
 
 
 def positions_of(result: Result) -> list[Position]:

@@ -21,8 +21,9 @@ checksum of a log value ends with the batch's fixed header: the batch's own chec
 a second time on its way to the disk.
 
 Every commit writes a delta: the store's state (three u64: counter, commits, topics removed; the last delta has the one
-that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order; a delta goes
-when its rows stand there. One that names no producer is overwritten by the next.
+that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order. A delta goes
+when its rows stand there, or when later ones tell all that counts of them; one that names no producer is overwritten by
+the next.
 
 What earlier formats left stays as it is until it changes. The rows of positions of format 1 lack `turns`, which is 0
 then; formats 1 and 2 had in each result the positions in a list of their own.

@@ -43,17 +43,17 @@ MAP_BYTES = 1 << 40
 """Address space for the map, not disk. Where the system grants less, the store asks for less."""
 MAP_BYTES_MIN = 1 << 30
 LAZY_BYTES_MAX = 8 << 20
-"""Bytes of deltas, and of the rows under them that had to be looked up, before these are moved on. What they tell is
-in memory, and is read at start, twice over."""
-LAZY_FEW_ROWS = 4
-LAZY_FEW_BYTES_MAX = 3000
-"""The same for so few rows that moving them costs less than a second page of deltas, which each commit would write."""
+"""Bytes of a generation of deltas. What two of them tell is in memory, and is read at start."""
 LAZY_DELTAS_MAX = 256
-"""Deltas before their rows are moved on, so that dropping them stays cheap."""
-LAZY_CHANGES_MAX = 16
-"""What was told of one producer is kept in so many pieces before they are put together."""
+"""Deltas of a generation, so that removing them stays cheap."""
+LAZY_FEW_ROWS = 4
+LAZY_FEW_BYTES_MAX = 1500
+"""Bytes of a generation that is about so few producers, with what LMDB keeps beside each delta: two of them and the
+next delta fit into one page. A second would be written with each commit."""
 LAZY_STEP_ROWS = 16
 """Rows moved into the B-tree by one commit, at least."""
+_NODE_BYTES = 18
+"""What LMDB keeps in a page beside a delta's value: its key, a header and a pointer."""
 
 READ_BATCHES_MAX = 4096
 """Batches that one read returns at most: small ones cost their number, and the loop waits for it (about 3 µs each)."""
@@ -133,61 +133,102 @@ def tune_allocator() -> bool:
 
 
 class _Lazy:
-    """What deltas told of producers whose rows do not stand in the B-tree, or only in part.
+    """The deltas, and what they told of producers whose rows do not stand in the B-tree, or only in part.
 
-    Two generations, so that a delta is dropped only when all its rows are in the B-tree: commits write deltas of the
-    young one; the old one is moved into the B-tree in order of id, some rows with each commit. What is known of the old
-    one stays known until the young one is old.
+    Two generations: commits add deltas to the young one, and the old one leaves. First its rows are moved into the
+    B-tree, in order of id, some with each commit; then it is removed, and the young one is old. With few producers
+    it leaves when the young one is full: what that tells is mostly all that counts of them, and no row is moved.
 
-    Of each producer that is known: what it was, and what commits made of it since. A list grows at its end, or another
-    takes its place: readers are in other threads.
+    Readers are in other threads. What a delta tells is noted before the commit, and is there for them as soon as `next`
+    has passed it: what is done after the disk was waited for costs three times as much.
     """
 
     def __init__(self) -> None:
-        self.young: dict[int, list[schema.Change]] = {}
+        self.told: dict[int, list[tuple[int, schema.Change]]] = {}
+        """Of each producer whose row in the B-tree is behind: in which delta, and what. A list grows at its end, or
+        another takes its place."""
+        self.old = 0
+        """The number of the first delta of the old generation. What was told before may still be in `told`, and changes
+        nothing there."""
+        self.young = 0
+        """The number of the first one of the young generation."""
         self.young_bytes = 0
-        self.young_start = 0
-        """The young generation's deltas begin with this one, the old one's end before it."""
         self.next = 0
         """The number of the next delta."""
-        self.old: dict[int, list[schema.Change]] = {}
-        """Also what was looked up in the B-tree."""
-        self.old_ids: list[int] = []
-        """Still to be moved, the largest id first."""
+        self.leaves = False
+        """Is the old generation to leave?"""
+        self.left: list[int] = []
+        """Rows to be moved before it does, the largest id first."""
 
-    def begin(self, told: dict[int, list[schema.Change]], following: int) -> None:
-        """After the start: what the deltas before `following` told is the old generation."""
-        self.old = told
-        self.old_ids = sorted(told, reverse=True)
-        self.young_start = self.next = following
+    def of(self, producer_id: int) -> list[schema.Change]:
+        """What was told of it; to be had before its row in the B-tree: what is moved in between is then in both."""
+        behind = self.next
+        return [change for number, change in self.told.get(producer_id, ()) if number < behind]
 
     def tell(self, producer_id: int, change: schema.Change) -> None:
-        """A delta of the young generation tells this; an Advance only of a producer that is known."""
-        told = self.young.get(producer_id)
-        if not isinstance(change, Advance):
-            self.young[producer_id] = [change]
-        elif told is not None and len(told) < LAZY_CHANGES_MAX:
-            told.append(change)
+        """The next delta will tell this."""
+        told = self.told.get(producer_id)
+        if told is None:
+            self.told[producer_id] = [(self.next, change)]
         else:
-            told = [*self.told(producer_id), change]
-            self.young[producer_id] = told if len(told) <= LAZY_CHANGES_MAX else [schema.changed(producer_id, told)]
+            told.append((self.next, change))
+
+    def take_back(self, producer_ids: Iterable[int]) -> None:
+        """The next delta was not stored."""
+        for producer_id in producer_ids:
+            told = self.told.get(producer_id, [])
+            if told and told[-1][0] == self.next:
+                told.pop()
+                self._put(producer_id, told)
+
+    def stored(self, size: int) -> None:
+        """The next delta was."""
+        self.young_bytes += size + _NODE_BYTES
+        self.next += 1
+
+    def moved(self, producer_ids: Sequence[int], behind: int) -> None:
+        """Their rows in the B-tree have now what was told before this delta."""
+        for producer_id in producer_ids:
+            self._put(producer_id, _from(self.told[producer_id], behind))
+        del self.left[len(self.left) - len(producer_ids) :]
 
     def age(self) -> None:
-        """The young generation becomes the old one."""
-        self.old, self.young = self.young, {}  # in this order: `told` looks from other threads
-        self.young_bytes = 0
-        self.young_start = self.next
-        self.old_ids = sorted(self.old, reverse=True)
+        """The old generation is gone, and what was young is old."""
+        self.old, self.young, self.young_bytes, self.leaves = self.young, self.next, 0, False
 
-    def ids(self) -> set[int]:
-        """Of all that are known."""
-        young, old = self.young, self.old  # in this order, as `told` does: what ages meanwhile is in both
-        return {*young, *old}
+    def choose(self) -> None:
+        """Is it time for the old generation, and which rows need it?"""
+        few = len(self.told) <= LAZY_FEW_ROWS
+        small = self.young_bytes < (LAZY_FEW_BYTES_MAX if few else LAZY_BYTES_MAX)
+        if self.leaves or (small and self.next - self.young < LAZY_DELTAS_MAX and (few or self.old == self.young)):
+            return
+        self.leaves = True
+        for producer_id, told in list(self.told.items()):
+            if told[0][0] < self.old:
+                self.told[producer_id] = _from(told, self.old)
+        self.left = sorted([one for one, told in self.told.items() if _needs(told, self.young)], reverse=True)
 
-    def told(self, producer_id: int) -> list[schema.Change]:
-        """All that is known of this one; empty where the B-tree has to be asked."""
-        young, old = self.young, self.old
-        return young.get(producer_id) or old.get(producer_id) or []
+    def _put(self, producer_id: int, told: list[tuple[int, schema.Change]]) -> None:
+        if told:
+            self.told[producer_id] = told
+        else:
+            del self.told[producer_id]
+
+
+def _from(told: list[tuple[int, schema.Change]], first: int) -> list[tuple[int, schema.Change]]:
+    """What was told from this delta on."""
+    return told[bisect_left(told, (first,)) :]
+
+
+def _needs(told: list[tuple[int, schema.Change]], behind: int) -> bool:
+    """Does a row, of which this was told, need the deltas before this one, so that it must be moved first?"""
+    staying = [change for _, change in _from(told, behind)]
+    advances = [change for change in staying if isinstance(change, Advance)]
+    if len(staying) == len(told) or len(advances) < len(staying):
+        return False  # they tell nothing of it, or it was told whole since
+    if not all(isinstance(change, Advance) for _, change in told):
+        return True
+    return not advances or sum([len(advance.results) for advance in advances]) < advances[-1].kept
 
 
 class Store:
@@ -237,21 +278,27 @@ class Store:
 
     def _read_deltas(self, txn: Any) -> schema.State:
         """Learn what they tell; returns the state. Raises Damaged."""
-        told: dict[int, list[schema.Change]] = {}
+        lazy = self._lazy
         last: schema.Delta | None = None
         for key, value in txn.cursor(self._tables[Table.DELTAS]):
+            lazy.next = schema.ID_KEY.unpack(key)[0]
+            if last is None:
+                lazy.old = lazy.young = lazy.next
             last = schema.delta(key, value)
-            for producer_id, change in last.producers.items():
-                if not isinstance(change, Advance):
-                    told[producer_id] = [change]
-                    continue
-                if producer_id not in told:
-                    told[producer_id] = [self._placed(txn, producer_id)]
-                told[producer_id].append(change)
+            self._tell(txn, last.producers)
+            if last.producers:  # else the next takes its place
+                lazy.stored(len(value))
         if last is None:
             raise schema.damaged(Table.DELTAS, b"", "there is no delta, and so no state")
-        self._lazy.begin(told, schema.ID_KEY.unpack(key)[0] + bool(last.producers))
+        lazy.age()
         return last.state
+
+    def _tell(self, txn: Any, changes: Mapping[int, schema.Change]) -> None:
+        """Of the next delta. What advances a row that is damaged would be lost with it. Raises Damaged."""
+        for producer_id, change in changes.items():
+            if isinstance(change, Advance) and producer_id not in self._lazy.told:
+                self._placed(txn, producer_id)
+            self._lazy.tell(producer_id, change)
 
     def _placed(self, txn: Any, producer_id: int) -> bytes | None:
         """A producer's value in its place, verified. Raises Damaged."""
@@ -292,6 +339,7 @@ class Store:
             self._commit(group)
         except Exception as error:
             if _is_full(error):
+                self._lazy.take_back(group.producers)
                 self._refuse_when_panicked(error)
                 raise StoreFull(f"no room in {self._directory}: {error}") from error
             self._broken = True
@@ -311,6 +359,8 @@ class Store:
             self._state.commits + 1,
             self._state.topics_removed + sum([row is None for row in group.topics.values()]),
         )
+        lazy = self._lazy
+        lazy.choose()
         txn = self._environment.begin(write=True)
         try:
             for stored in group.appends:
@@ -322,15 +372,20 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
-            looked_up = self._look_up_producers(txn, group.producers)
             moved = self._move_lazy(txn, len(group.producers))
-            written = self._write_delta(txn, state, group.producers)
+            size = self._write_delta(txn, state, group.producers)
         except BaseException:
             txn.abort()
             raise
         txn.commit()
         self._state = state
-        self._remember_lazy(group.producers, looked_up, written, moved)
+        # Readers look into what was told first and then into the B-tree, so a row is never in neither.
+        if moved:
+            lazy.moved(moved, lazy.next)
+        if group.producers:  # a delta without any is overwritten by the next
+            lazy.stored(size)
+        if lazy.leaves and not lazy.left:
+            lazy.age()
 
     def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
         """LMDB answers a put that it did not do by returning False."""
@@ -370,16 +425,9 @@ class Store:
             else:
                 self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
 
-    def _look_up_producers(self, txn: Any, changes: Mapping[int, schema.Change]) -> dict[int, bytes | None]:
-        """Those that advance and are not known. Raises Damaged."""
-        return {
-            producer_id: self._placed(txn, producer_id)
-            for producer_id, change in changes.items()
-            if isinstance(change, Advance) and not self._lazy.told(producer_id)
-        }
-
     def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
-        """What every commit writes; returns its bytes."""
+        """What every commit writes; returns its bytes. Raises Damaged."""
+        self._tell(txn, changes)
         key = schema.ID_KEY.pack(self._lazy.next)
         value = schema.delta_value(key, state, changes)
         self._put_checked(txn, Table.DELTAS, key, value)
@@ -391,41 +439,16 @@ class Store:
         else:
             self._put_checked(txn, Table.PRODUCERS, key, value)
 
-    def _move_lazy(self, txn: Any, rows: int) -> int:
-        """Move the next rows of the old generation to their places, at least as many as came in; returns how many."""
+    def _move_lazy(self, txn: Any, rows: int) -> list[int]:
+        """Move the next rows into the B-tree, at least as many as came in, and after the last remove the deltas."""
         lazy = self._lazy
-        ids = lazy.old_ids[-max(rows, LAZY_STEP_ROWS) :]
-        for producer_id in reversed(ids):
-            key, row = schema.ID_KEY.pack(producer_id), schema.changed(producer_id, lazy.old[producer_id])
-            value = None if row is None else schema.producer_value(key, row)
-            # A row takes eight times the memory of its value, and is at hand: kept where few are, which go on and on.
-            lazy.old[producer_id] = [row if len(lazy.old) <= LAZY_FEW_ROWS else value]
-            self._write_producer(txn, key, value)
-        if ids and len(ids) == len(lazy.old_ids):
-            if lazy.young_start == lazy.next:  # there are no others: one call, as mostly where producers are few
-                txn.drop(self._tables[Table.DELTAS], delete=False)
-            else:
-                self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young_start))
-        return len(ids)
-
-    def _remember_lazy(
-        self, changes: Mapping[int, schema.Change], looked_up: Mapping[int, bytes | None], written: int, moved: int
-    ) -> None:
-        """After the commit. Readers look here first and then into the B-tree, so a row is never in neither."""
-        lazy = self._lazy
-        if changes:  # a delta without any is overwritten by the next
-            for producer_id, value in looked_up.items():
-                lazy.old[producer_id] = [value]
-                written += len(value or b"")
-            for producer_id, change in changes.items():
-                lazy.tell(producer_id, change)
-            lazy.young_bytes += written
-            lazy.next += 1
-        if moved:
-            del lazy.old_ids[-moved:]
-        bytes_max = LAZY_FEW_BYTES_MAX if len(lazy.young) <= LAZY_FEW_ROWS else LAZY_BYTES_MAX
-        if not lazy.old_ids and (lazy.young_bytes >= bytes_max or lazy.next - lazy.young_start >= LAZY_DELTAS_MAX):
-            lazy.age()
+        moved = lazy.left[-max(rows, LAZY_STEP_ROWS) :]
+        for producer_id in reversed(moved):
+            key, row = schema.ID_KEY.pack(producer_id), self._row(txn, producer_id, lazy.of(producer_id))
+            self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
+        if lazy.leaves and len(moved) == len(lazy.left):
+            self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young))
+        return moved
 
     # -------------------------------------------------------------------------------------------------- reads
 
@@ -518,10 +541,14 @@ class Store:
 
     def producer(self, producer_id: int) -> ProducerRow | None:
         """A producer by id. Raises Damaged."""
-        told = self._lazy.told(producer_id)
-        if not told:
-            with self._environment.begin() as txn:
-                told = [self._placed(txn, producer_id)]
+        told = self._lazy.of(producer_id)
+        with self._environment.begin() as txn:
+            return self._row(txn, producer_id, told)
+
+    def _row(self, txn: Any, producer_id: int, told: list[schema.Change]) -> ProducerRow | None:
+        """What was told, over what stands in the B-tree. Raises Damaged."""
+        if not told or isinstance(told[0], Advance):
+            told = [self._placed(txn, producer_id), *told]
         return schema.changed(producer_id, told)
 
     def producer_id(self, name: str) -> int | None:
@@ -541,8 +568,8 @@ class Store:
     def producer_ids(self, first: int, limit: int) -> Sequence[int]:
         """See `Rows.producer_ids`. Decodes no row of the B-tree."""
         lazy: dict[int, bool] = {}
-        for one in [one for one in self._lazy.ids() if one >= first]:
-            told = self._lazy.told(one)
+        for one in [one for one in list(self._lazy.told) if one >= first]:
+            told = self._lazy.of(one)
             if told:  # else it has reached its place meanwhile, where it is looked for next
                 lazy[one] = told[-1] is not None
         with self._environment.begin() as txn, txn.cursor(self._tables[Table.PRODUCERS]) as cursor:

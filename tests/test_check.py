@@ -282,7 +282,8 @@ def test_a_flipped_bit_is_found_in_every_table(tmp_path: Path, table: Table) -> 
     rows.names |= {f"p{number}": number for number in numbers}
     rows.write(tmp_path / "data")
     opened = Store(tmp_path / "data")
-    opened.commit(Group(counter=COUNTER))
+    for number in numbers:  # two generations of deltas, so that rows of the first reach their places
+        opened.commit(Group(producers={number: rows.producers[number]}))
     opened.close()
     environment = lmdb.open(str(tmp_path / "data" / store.STORE_FOLDER), map_size=1 << 30, max_dbs=len(Table))
     handle = environment.open_db(table.encode())

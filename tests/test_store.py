@@ -30,7 +30,7 @@ from idemq.broker.schema import Table
 from idemq.broker.store import MemoryStore, Reason, Storage, Store, StoreBroken, StoreError, StoreFull
 from idemq.broker.topics import Ends, Mark, TopicRow
 from idemq.client import wire
-from idemq.client.wire import Position, Settings
+from idemq.client.wire import Settings
 
 from .rows import producer_rows
 
@@ -48,12 +48,12 @@ def producer(producer_id: int, last_seq: int = -1, name: str = "", results: tupl
     )  # fmt: skip
 
 
-def after_commit(row: ProducerRow) -> ProducerRow:
-    """With one commit more, of a producer whose last three results are remembered."""
-    token = None if row.last_seq % 2 else b"token-%d" % row.last_seq
-    changed = Producer(row, 3, stored=True)
-    changed.commit(row.last_seq + 1, token, row.last_seq + 5, [Position(row.last_seq + 2, 7)], row.seen_ms + 1)
-    return changed.row()
+def after_commit(row: ProducerRow, remembered: int = 3) -> ProducerRow:
+    """With one commit more, of a producer whose last results are remembered."""
+    number = row.last_seq
+    token = row.token if number % 2 else b"token-%d" % number
+    results = (*row.results, (number + 1, number + 5, number + 2, 7))[-remembered:]
+    return row._replace(last_seq=number + 1, token=token, seen_ms=row.seen_ms + 1, results=results)
 
 
 def told(before: ProducerRow, after: ProducerRow) -> Advance:
@@ -468,9 +468,8 @@ def _small_generations(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     monkeypatch.setattr(store, "LAZY_BYTES_MAX", 4000)
     monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 6)
     monkeypatch.setattr(store, "LAZY_STEP_ROWS", 3)
-    monkeypatch.setattr(store, "LAZY_CHANGES_MAX", 3)
     monkeypatch.setattr(store, "LAZY_FEW_ROWS", 2)
-    monkeypatch.setattr(store, "LAZY_FEW_BYTES_MAX", 400)
+    monkeypatch.setattr(store, "LAZY_FEW_BYTES_MAX", 250)
 
 
 # --------------------------------------------------------------------------------------------------------- LMDB alone
@@ -573,7 +572,7 @@ def test_a_commit_writes_what_is_new_of_a_producer(lmdb_store: Store) -> None:
     lmdb_store.commit(Group(producers={4: other}))
     value = schema.producer_value(schema.ID_KEY.pack(4), other)
     assert deltas()[-1].producers == {4: value}, "an opened producer is written whole"
-    assert lmdb_store._lazy.told(4) == [other], "and what was told before is let go"
+    assert lmdb_store.producer(4) == other
     lmdb_store.commit(Group(producers={4: None}, names={"name-4": None}))
     assert deltas()[-1].producers == {4: None}
     for counter in range(1, 40):
@@ -636,55 +635,22 @@ def test_a_row_that_was_damaged_meanwhile_is_not_built_upon(directory: Path) -> 
 
 
 def test_what_is_known_of_producers_stays_bounded(lmdb_store: Store) -> None:
-    """However often they commit before their rows are moved on."""
+    """However often they commit: as much as the deltas tell, and these are bounded."""
     rows = {number: producer(number) for number in range(1, 31)}
     lmdb_store.commit(created(*rows.values()))
     for step in range(100):
         after = {number: after_commit(row) for number, row in rows.items() if step % 2 or number % 3}
         lmdb_store.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
         rows |= after
-        known = [*lmdb_store._lazy.old.values(), *lmdb_store._lazy.young.values()]
-        assert max(map(len, known)) <= store.LAZY_CHANGES_MAX
-        assert len(known) <= 2 * len(rows)
-        assert producer_rows(lmdb_store, 0, 100) == [rows[number] for number in sorted(rows)]
-
-
-def test_what_is_known_of_producers_stays_bounded_in_bytes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large the rows are that small commits advance."""
-    monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 1000)
-    rows = {number: producer(number, 99, results=((99, 7, *range(400)),)) for number in range(1, 61)}
-    opened = Store(directory)
-    for row in rows.values():
-        opened.commit(created(row))
-    opened.close()
-    opened = Store(directory)
-    for counter in range(40):
-        opened.commit(Group(counter=counter))
-    opened.close()
-    opened = Store(directory)  # all rows are in their places, and none is known
-    assert not opened._lazy.ids()
-    for number, row in rows.items():
-        opened.commit(Group(producers={number: told(row, after_commit(row))}))
-        assert len(opened._lazy.young) <= store.LAZY_BYTES_MAX // 400 + 1, "each of them is more than 400 bytes"
-    assert producer_rows(opened, 0, 100) == [after_commit(row) for row in rows.values()]
-    opened.close()
-
-
-@pytest.mark.parametrize(("count", "kind"), [(20, bytes), (1, ProducerRow)])
-def test_of_many_producers_what_stands_in_its_place_is_kept_as_it_lies_there(
-    lmdb_store: Store, count: int, kind: type
-) -> None:
-    """A row takes eight times as much memory as its value; of few it is kept, and not decoded again and again."""
-    rows = {number: producer(number) for number in range(1, count + 1)}
-    lmdb_store.commit(created(*rows.values()))
-    kinds: set[type] = set()
-    for _ in range(60):
-        after = {number: after_commit(row) for number, row in rows.items()}
-        lmdb_store.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
-        rows = after
         lazy = lmdb_store._lazy
-        kinds |= {type(known) for one, [known, *_] in lazy.old.items() if one not in lazy.old_ids}
-    assert kinds == {kind}
+        with lmdb_store._environment.begin() as txn:
+            deltas = [(key, value) for key, value in txn.cursor(lmdb_store._tables[Table.DELTAS])]
+        assert [schema.ID_KEY.unpack(key)[0] for key, _ in deltas] == list(range(lazy.old, lazy.next))
+        assert len(deltas) <= 2 * store.LAZY_DELTAS_MAX + 2
+        young = deltas[lazy.young - lazy.old :]
+        assert lazy.young_bytes == sum(len(value) + store._NODE_BYTES for _, value in young)
+        assert max(map(len, lazy.told.values())) <= 3 * store.LAZY_DELTAS_MAX
+        assert producer_rows(lmdb_store, 0, 100) == [rows[number] for number in sorted(rows)]
 
 
 def test_a_group_that_is_not_stored_leaves_nothing_of_its_producers(
@@ -693,51 +659,145 @@ def test_a_group_that_is_not_stored_leaves_nothing_of_its_producers(
     """Else each one, on a full disk, would leave more."""
     row = producer(4)
     lmdb_store.commit(created(row))
-    while lmdb_store._lazy.told(4):
+    while 4 in lmdb_store._lazy.told:
         lmdb_store.commit(Group(producers={5: producer(5)}))
 
-    def no_room(*_: object) -> int:
+    def no_room(*_: object) -> bytes:
         raise lmdb.MapFullError("the test's disk is full")
 
     change = Group(producers={4: told(row, after_commit(row))})
     with monkeypatch.context() as full:
-        full.setattr(lmdb_store, "_write_delta", no_room)
+        full.setattr(schema, "delta_value", no_room)
         with pytest.raises(StoreFull):
             lmdb_store.commit(change)
-    assert not lmdb_store._lazy.told(4)
+    assert 4 not in lmdb_store._lazy.told
     lmdb_store.commit(change)
-    assert lmdb_store.producer(4) == after_commit(row)
+    row = after_commit(row)
+    assert lmdb_store.producer(4) == row
+    with monkeypatch.context() as full:
+        full.setattr(schema, "delta_value", no_room)
+        with pytest.raises(StoreFull):
+            lmdb_store.commit(Group(producers={4: told(row, after_commit(row)), 7: producer(7)}))
+    other = row._replace(last_seq=1, results=(*row.results, (1, 77, 77, 77)))
+    lmdb_store.commit(Group(producers={4: told(row, other)}))
+    assert lmdb_store.producer(4) == other
+    assert lmdb_store.producer(7) is None
 
 
-def test_what_ages_while_ids_are_listed_is_listed() -> None:
-    class AgesMeanwhile(store._Lazy):
-        def __getattribute__(self, name: str) -> Any:
-            found = super().__getattribute__(name)
-            if name in ("old", "young") and super().__getattribute__("__dict__").get("armed"):
-                self.armed = False
-                self.age()
-            return found
+@pytest.mark.parametrize("late", [False, True])
+def test_a_row_that_is_moved_while_it_is_read_is_read(lmdb_store: Store, late: bool) -> None:
+    """Before or after the reader looked into what was told: it is never in neither."""
+    row = after_commit(producer(4))
+    lmdb_store.commit(created(producer(4)))
+    lmdb_store.commit(Group(producers={4: told(producer(4), row)}))
+    of = lmdb_store._lazy.of
 
-    lazy = AgesMeanwhile()
-    lazy.tell(4, producer(4))
-    lazy.armed = True
-    assert lazy.ids() == {4}
+    def meanwhile(producer_id: int) -> list[schema.Change]:
+        found = of(producer_id) if late else []
+        del lmdb_store._lazy.of
+        while 4 in lmdb_store._lazy.told:
+            lmdb_store.commit(Group(producers={other: producer(other) for other in range(5, 10)}))
+        return found or of(producer_id)
+
+    lmdb_store._lazy.of = meanwhile
+    assert lmdb_store.producer(4) == row
+    assert 4 not in lmdb_store._lazy.told
+    row = after_commit(row)
+    lmdb_store.commit(Group(producers={4: told(after_commit(producer(4)), row)}))
+    lmdb_store._lazy.of = meanwhile
+    assert lmdb_store.producer_ids(4, 1) == [4]
+    assert 4 not in lmdb_store._lazy.told
 
 
-def test_the_deltas_of_few_producers_stay_in_one_page(lmdb_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as it is in production: a second page would be written with each commit."""
-    monkeypatch.undo()
-    rows = {number: producer(number) for number in range(1, store.LAZY_FEW_ROWS + 1)}
+def test_what_a_commit_tells_is_not_seen_before_it_is_durable(
+    lmdb_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {number: producer(number) for number in (4, 5)}
     lmdb_store.commit(created(*rows.values()))
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append((producer_rows(lmdb_store, 0, 10), lmdb_store.producer(6)))
+
+    def delta_value(*arguments: Any) -> bytes:
+        reader = threading.Thread(target=look)
+        reader.start()
+        reader.join()
+        return original(*arguments)
+
+    original = schema.delta_value
+    after = {4: told(rows[4], after_commit(rows[4])), 5: None, 6: producer(6)}
+    monkeypatch.setattr(schema, "delta_value", delta_value)
+    lmdb_store.commit(Group(producers=after, names={"name-5": None, "name-6": 6}))
+    look()
+    assert seen == [
+        ([rows[4], rows[5]], None),
+        ([after_commit(rows[4]), producer(6)], producer(6)),
+    ]
+
+
+ONE, THREE = (Advance(0, None, 3, ((0, 0),) * count) for count in (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("old", "young", "moved"),
+    [
+        ([ONE], [], True),
+        ([producer(4)], [], True),
+        ([ONE], [THREE], False),
+        ([ONE], [ONE, ONE, ONE], False),
+        ([ONE], [ONE, ONE], True),  # what counts is three results
+        ([producer(4)], [THREE], True),  # nothing else tells who opened it
+        ([ONE], [producer(4)], False),
+        ([producer(4)], [ONE, producer(4), ONE], False),
+        ([ONE], [None], False),
+        ([None], [], True),
+        ([], [ONE], False),
+        ([], [producer(4)], False),
+    ],
+)
+def test_a_row_is_moved_unless_the_young_generation_tells_all_of_it(
+    lmdb_store: Store, old: list[schema.Change], young: list[schema.Change], moved: bool
+) -> None:
+    lazy = lmdb_store._lazy
+    lazy.tell(5, producer(5))
+    for change in old:
+        lazy.tell(4, change)
+        lazy.stored(0)
+    lazy.young = lazy.next = 10
+    for change in young:
+        lazy.tell(4, change)
+        lazy.stored(store.LAZY_FEW_BYTES_MAX)
+    lazy.stored(store.LAZY_FEW_BYTES_MAX)
+    lazy.choose()
+    assert lazy.leaves
+    assert lazy.left == [5, 4][: 1 + moved]
+
+
+@pytest.mark.parametrize(("remembered", "least", "most"), [(3, 1, 2), (32, 20, 100)])
+def test_the_deltas_of_few_producers_stay_in_one_page_and_their_rows_where_they_are(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, remembered: int, least: int, most: int
+) -> None:
+    """With the figures of production: a second page would be written with each commit, and so would rows that move."""
+    monkeypatch.undo()
+    opened = Store(directory)
+    rows = {number: producer(number) for number in range(1, store.LAZY_FEW_ROWS + 1)}
+    opened.commit(created(*rows.values()))
     seen: set[ProducerRow | None] = set()
     for step in range(600):
-        after = {number: after_commit(row) for number, row in rows.items() if step % number == 0}
-        lmdb_store.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
+        after = {number: after_commit(row, remembered) for number, row in rows.items() if step % number == 0}
+        opened.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
         rows |= after
-        with lmdb_store._environment.begin() as txn:
-            assert txn.stat(lmdb_store._tables[Table.DELTAS])["depth"] == 1
-            seen.add(placed(lmdb_store, txn, 1))
-    assert 5 < len(seen) < 600 / 5, "the rows reach their places, and not with each commit"
+        with opened._environment.begin() as txn:
+            assert txn.stat(opened._tables[Table.DELTAS])["depth"] == 1
+            seen.add(placed(opened, txn, 1))
+        if step % 50 == 0:
+            assert producer_rows(opened, 0, 100) == [*rows.values()]
+    assert least <= len(seen - {None}) <= most
+    opened.close()
+    opened = Store(directory)
+    assert producer_rows(opened, 0, 100) == [*rows.values()]
+    opened.close()
 
 
 def test_a_result_that_is_forgotten_is_let_go() -> None:
@@ -745,7 +805,7 @@ def test_a_result_that_is_forgotten_is_let_go() -> None:
     result = (*range(7),)
     known = Producer(producer(4, 6, results=(result,)), 1, stored=True)
     assert sys.getrefcount(result) > 2
-    known.commit(7, None, 0, [], 0)
+    known.untold.append((7, 0))
     known.tell()
     assert known.results() == ((7, 0),)
     assert sys.getrefcount(result) == 2, "ours and the call's"

@@ -36,7 +36,7 @@ def hurry(deltas: int = 4, rows: int = 3) -> None:
     store.LAZY_BYTES_MAX = 3000
     store.LAZY_DELTAS_MAX = deltas
     store.LAZY_STEP_ROWS = rows
-    store.LAZY_FEW_BYTES_MAX = 500
+    store.LAZY_FEW_BYTES_MAX = 250
 
 
 def content(of: Storage) -> Content:

@@ -99,7 +99,7 @@ MUTANTS = [
         "fingerprint not remembered",
         producers.Producer,
         "results",
-        "(*self._told, *self._untold)[-self._results_max :]",
+        "(*self._told, *self.untold)[-self._results_max :]",
         "()",
     ),
     _one("takeover not recorded", producers, "fenced", '"ended_at": ended_at', '"ended_at": -1', first=12),
@@ -110,7 +110,7 @@ MUTANTS = [
         "Takeover(row.epoch, row.last_seq)",
         "Takeover(row.epoch, row.last_seq + 1)",
     ),
-    _one("token not stored", producers.Producer, "commit", "self._token = token", "pass"),
+    _one("token not stored", CORE, "_commit", "producer.token = token", "pass"),
     _one(
         "purge told before it is durable",
         CORE,
