@@ -24,7 +24,7 @@ from idemq.client import records, wire
 from . import schema
 from .core import Damaged
 from .pages import Broken, Pages
-from .producers import ProducerRow, Result, positions_of
+from .producers import ProducerRow, last_seq_of, positions_of
 from .schema import State, Table
 from .store import Reason, Snapshot, StoreError
 from .topics import TopicRow
@@ -336,7 +336,7 @@ class _Walk:
         ends = [*(takeover.ended_at for takeover in row.takeovers), row.last_seq]
         rising = all(a < b for a, b in pairwise(epochs)) and all(a <= b for a, b in pairwise(ends))
         self._expect(rising, where, "its takeovers do not rise")
-        numbers = [result[0] for result in row.results]
+        numbers = list(map(last_seq_of, row.results))
         self._expect(all(a < b for a, b in pairwise(numbers)), where, "its results do not rise")
         self._expect(not numbers or numbers[-1] == row.last_seq, where, "its last result is not its last number")
         named = self._txn.get(row.name.encode(), db=self._tables[Table.PRODUCER_NAMES])
@@ -351,7 +351,7 @@ class _Walk:
     def _compare_results(self, row: ProducerRow, stretches: list[_Stretch]) -> None:
         """Each batch of a remembered commit stands in its result, and each position of a result holds its batch."""
         where = f"producer {row.name!r} ({row.producer_id})"
-        numbers = [result[0] for result in row.results]
+        numbers = list(map(last_seq_of, row.results))
         positions = list(map(positions_of, row.results))
         wanted = {(index, *one) for index, found in enumerate(positions) for one in found}
         for one in stretches:
@@ -368,9 +368,7 @@ class _Walk:
             wanted.discard((index, one.offset, one.timestamp_ms))
         for index, offset, _ in sorted(wanted):
             if not self._removed(offset):
-                self._found(
-                    where, f"the batch of {_range(row.results, index)} is not at offset {offset} of any partition"
-                )
+                self._found(where, f"the batch of {_range(numbers, index)} is not at offset {offset} of any partition")
 
     def _removed(self, offset: int) -> bool:
         """May a batch at this offset have been trimmed, or have gone with its topic?"""
@@ -443,9 +441,9 @@ def _stretches(numbers: array[int]) -> Iterator[_Stretch]:
     return (_Stretch(*numbers[start : start + width]) for start in range(0, len(numbers), width))
 
 
-def _range(results: tuple[Result, ...], index: int) -> str:
-    low = f"{results[index - 1][0] + 1}" if index else ""
-    return f"numbers {low}..{results[index][0]}"
+def _range(numbers: list[int], index: int) -> str:
+    low = f"{numbers[index - 1] + 1}" if index else ""
+    return f"numbers {low}..{numbers[index]}"
 
 
 def main(directory: str) -> int:

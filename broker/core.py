@@ -27,7 +27,7 @@ from idemq.client.wire import Code, Failed, TopicPartition
 
 from . import groups, producers, topics
 from .groups import ConsumerGroup, Member, OffsetKey, OffsetRow
-from .producers import Advance, Producer, ProducerRow
+from .producers import Advance, Producer, ProducerRow, single_result
 from .topics import Ends, Mark, Partition, TopicRow
 
 Row = TypeVar("Row")
@@ -688,7 +688,8 @@ class Core:
             if token is not None:
                 producer.token = token
             if len(positions) == 1:  # a call less, mostly
-                producer.untold.append((last_seq, fingerprint, *positions[0]))
+                offset, timestamp_ms = positions[0]
+                producer.untold.append(single_result(last_seq, fingerprint, offset, timestamp_ms))
             else:
                 producer.untold.append(producers.result_of(last_seq, fingerprint, positions))
         return wire.Committed(False, positions)

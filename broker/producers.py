@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, starmap
+from struct import Struct
 from typing import NamedTuple
 
 from idemq.client.wire import Code, Failed, Open, Position
@@ -17,9 +18,13 @@ from idemq.client.wire import Code, Failed, Open, Position
 TAKEOVERS_REMEMBERED = 4
 """Ends of earlier epochs kept in a row; an older asker is told that its outcome is unknown."""
 
-Result = tuple[int, ...]
-"""What a commit was answered, kept for its repetition: last_seq, fingerprint, then of each batch offset and
-timestamp_ms. Flat, because every commit stores one."""
+Result = bytes
+"""What a commit was answered, kept for its repetition: last_seq i64, fingerprint u32, then of each batch offset and
+timestamp_ms i64, little-endian. Packed at once, because every commit leaves one."""
+_HEAD = Struct("<qI")
+_POSITION = Struct("<qq")
+single_result = Struct("<qIqq").pack
+"""Of a commit with one batch: (last_seq, fingerprint, offset, timestamp_ms)."""
 
 
 class Takeover(NamedTuple):
@@ -155,17 +160,24 @@ def opening(
 
 def remembered(producer: Producer, last_seq: int, fingerprint: int) -> list[Position] | None:
     """What exactly this commit was answered, if it is among the last K."""
-    return next((positions_of(result) for result in producer.results() if result[:2] == (last_seq, fingerprint)), None)
+    head = _HEAD.pack(last_seq, fingerprint)
+    return next((positions_of(result) for result in producer.results() if result.startswith(head)), None)
 
 
-def result_of(last_seq: int, fingerprint: int, positions: Sequence[Position]) -> Result:
+def result_of(last_seq: int, fingerprint: int, positions: Iterable[Position]) -> Result:
     """What a commit was answered, to be kept."""
-    return (last_seq, fingerprint, *chain.from_iterable(positions))
+    return b"".join((_HEAD.pack(last_seq, fingerprint), *starmap(_POSITION.pack, positions)))
+
+
+def last_seq_of(result: Result) -> int:
+    """The last number of its commit."""
+    last_seq: int = _HEAD.unpack_from(result)[0]
+    return last_seq
 
 
 def positions_of(result: Result) -> list[Position]:
     """Where its batches lie."""
-    return list(map(Position, result[2::2], result[3::2]))
+    return list(map(Position._make, _POSITION.iter_unpack(result[_HEAD.size :])))
 
 
 def fenced(row: ProducerRow, epoch: int) -> Failed:
@@ -181,7 +193,7 @@ def fenced(row: ProducerRow, epoch: int) -> Failed:
 def conflict(producer: Producer, last_seq: int) -> Failed | None:
     """Rule 5 for a number that is stored with no equal result: a conflict inside the remembered range, else nothing."""
     results = producer.results()
-    if results and last_seq >= results[0][0]:
+    if results and last_seq >= last_seq_of(results[0]):
         return Failed(
             Code.SEQUENCE_CONFLICT, f"number {last_seq} of producer {producer.name!r} was stored with other content"
         )
@@ -200,12 +212,12 @@ def gap(producer: Producer, prev_seq: int) -> Failed:
 def advanced_by(row: ProducerRow, advances: Sequence[Advance]) -> ProducerRow:
     """The row after these, in their order. What it has already changes nothing, so that it may be told again."""
     results = list(chain.from_iterable([advance.results for advance in advances]))
-    new = results[bisect_left(results, (row.last_seq + 1,)) :]
+    new = results[bisect_left(results, row.last_seq + 1, key=last_seq_of) :]
     if not new:
         return row
     last = advances[-1]
     return row._replace(
-        last_seq=new[-1][0],
+        last_seq=last_seq_of(new[-1]),
         token=last.token,
         seen_ms=last.seen_ms,
         results=(*row.results, *new)[-last.kept :],

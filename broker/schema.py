@@ -14,11 +14,11 @@ key or in a wrong table is found too.
     meta            "format"                                    "idemq", u32 FORMAT_VERSION
     meta            "incarnation"                               16 random bytes, made with the store
 
-Integers are big-endian, so that keys sort as numbers; a row is msgpack of its fields in their declared order. Producers
-are kept by id, because commits name ids; their names are an index. Offsets begin with the topic, so that a deleted
-topic's rows are one range. `position` is how many bytes were ever stored in the partition before this batch. The
-checksum of a log value ends with the batch's fixed header: the batch's own checksum covers its body, which is not read
-a second time on its way to the disk.
+Integers are big-endian, so that keys sort as numbers; a row is msgpack of its fields in their declared order, with each
+Result as `producers.py` packs it. Producers are kept by id, because commits name ids; their names are an index. Offsets
+begin with the topic, so that a deleted topic's rows are one range. `position` is how many bytes were ever stored in the
+partition before this batch. The checksum of a log value ends with the batch's fixed header: the batch's own checksum
+covers its body, which is not read a second time on its way to the disk.
 
 Every commit writes a delta: the store's state (three u64: counter, commits, topics removed; the last delta has the one
 that counts), and the producers it changed. Their rows are those in `producers` after all deltas, in order. A delta goes
@@ -26,7 +26,7 @@ when its rows stand there, or when later ones tell all that counts of them; one 
 the next.
 
 What earlier formats left stays as it is until it changes. The rows of positions of format 1 lack `turns`, which is 0
-then; formats 1 and 2 had in each result the positions in a list of their own.
+then; formats 1 to 3 had results as lists of numbers.
 
 To change the format:
  1. Any change to a key, a value, a row's fields (ProducerRow, OffsetRow, TopicRow, Settings, Result, Takeover, Advance,
@@ -42,21 +42,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from itertools import chain
+from itertools import starmap
 from struct import Struct
 from struct import error as StructError
 from typing import Any, NamedTuple
 
 import msgpack
 
-from idemq.client.wire import BATCH_HEADER, Settings, crc32
+from idemq.client.wire import BATCH_HEADER, Position, Settings, crc32
 
 from .core import Damaged, Stored
 from .groups import OffsetKey, OffsetRow
-from .producers import Advance, ProducerRow, Result, Takeover, advanced_by
+from .producers import Advance, ProducerRow, Result, Takeover, advanced_by, result_of
 from .topics import TopicRow
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAGIC = b"idemq"
 INCARNATION_BYTES = 16
 
@@ -166,9 +166,13 @@ def producer_row(key: bytes, value: bytes) -> ProducerRow:
     return ProducerRow._make((ID_KEY.unpack(key)[0], *fields, ended, tuple(map(_result, results))))
 
 
-def _result(stored: tuple[Any, ...]) -> Result:
-    """Formats 1 and 2 had the positions in a list of their own, and so three fields; now their number is even."""
-    return (*stored[:2], *chain.from_iterable(stored[2])) if len(stored) == 3 else stored
+def _result(stored: bytes | tuple[Any, ...]) -> Result:
+    """Format 3 had a list of numbers, formats 1 and 2 in it a list of positions, and so an odd number of fields."""
+    if isinstance(stored, bytes):
+        return stored
+    last_seq, fingerprint, *rest = stored
+    positions = rest[0] if len(rest) == 1 else zip(rest[::2], rest[1::2], strict=True)
+    return result_of(last_seq, fingerprint, starmap(Position, positions))
 
 
 def name_value(key: bytes, producer_id: int) -> bytes:

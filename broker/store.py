@@ -47,7 +47,7 @@ LAZY_BYTES_MAX = 8 << 20
 LAZY_DELTAS_MAX = 256
 """Deltas of a generation, so that removing them stays cheap."""
 LAZY_FEW_ROWS = 4
-LAZY_FEW_BYTES_MAX = 1500
+LAZY_FEW_BYTES_MAX = 1700
 """Bytes of a generation that is about so few producers, with what LMDB keeps beside each delta: two of them and the
 next delta fit into one page. A second would be written with each commit."""
 LAZY_STEP_ROWS = 16

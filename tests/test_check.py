@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from idemq.broker import check, schema, store
 from idemq.broker.core import Group, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import _TREE, Broken, Pages, Tree
-from idemq.broker.producers import ProducerRow, Takeover
+from idemq.broker.producers import ProducerRow, Takeover, result_of
 from idemq.broker.schema import State, Table
 from idemq.broker.store import Reason, Store, StoreError
 from idemq.broker.topics import TopicRow
@@ -85,9 +84,7 @@ class Rows:
 
     def result(self, producer_id: int, last_seq: int, *positions: Position) -> None:
         row = self.producers[producer_id]
-        self.producers[producer_id] = row._replace(
-            results=(*row.results, (last_seq, 0, *chain.from_iterable(positions)))
-        )
+        self.producers[producer_id] = row._replace(results=(*row.results, result_of(last_seq, 0, positions)))
 
     def change(self, producer_id: int, **fields: Any) -> None:
         self.producers[producer_id] = self.producers[producer_id]._replace(**fields)
@@ -137,7 +134,7 @@ def _double(rows: Rows) -> None:
 
 def _interleave(rows: Rows) -> None:
     rows.put(2, 0, 3, batch(2, 0, 11, 1, 2, [0, 1]))
-    rows.change(11, last_seq=2, results=((2, 0, 2, TIME_MS, 3, TIME_MS),))
+    rows.change(11, last_seq=2, results=(result_of(2, 0, [Position(2, TIME_MS), Position(3, TIME_MS)]),))
 
 
 BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
@@ -158,15 +155,15 @@ BREACHES: dict[str, tuple[Callable[[Rows], object], str]] = {
         "was told another position for 5",
     ),
     "another position": (
-        lambda rows: rows.change(10, results=((7, 0, 5, TIME_MS),)),
+        lambda rows: rows.change(10, results=(result_of(7, 0, [Position(5, TIME_MS)]),)),
         "was told another position for 7",
     ),
     "another time": (
-        lambda rows: rows.change(10, results=((7, 0, 4, 1),)),
+        lambda rows: rows.change(10, results=(result_of(7, 0, [Position(4, 1)]),)),
         "was told another position for 7",
     ),
     "a result inside a batch": (
-        lambda rows: rows.change(10, results=((6, 0), (7, 0, 4, TIME_MS))),
+        lambda rows: rows.change(10, results=(result_of(6, 0, []), result_of(7, 0, [Position(4, TIME_MS)]))),
         "a result that ends inside the batch",
     ),
     "results out of order": (
@@ -239,7 +236,7 @@ def test_what_was_trimmed_is_not_missed(tmp_path: Path) -> None:
     rows = Rows()
     rows.topics[2] = rows.topics[2]._replace(floors=(0,))
     rows.put(2, 0, 0, rows.log.pop((2, 0, 3)).batch)
-    rows.change(11, results=((3, 0, 2, TIME_MS, 0, TIME_MS, 9, TIME_MS),))
+    rows.change(11, results=(result_of(3, 0, [Position(offset, TIME_MS) for offset in (2, 0, 9)]),))
     rows.write(tmp_path / "gone")
     assert len(check.walk(tmp_path / "gone").findings) == 1
     opened = Store(tmp_path / "gone")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import msgpack
@@ -16,18 +15,28 @@ from hypothesis import strategies as st
 from idemq.broker import schema
 from idemq.broker.core import Damaged, Stored
 from idemq.broker.groups import OffsetKey, OffsetRow
-from idemq.broker.producers import Advance, ProducerRow, Result, Takeover
+from idemq.broker.producers import (
+    Advance,
+    ProducerRow,
+    Result,
+    Takeover,
+    last_seq_of,
+    positions_of,
+    result_of,
+    single_result,
+)
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
-from idemq.client.wire import NUMBER_MAX, Settings
+from idemq.client.wire import NUMBER_MAX, Position, Settings
+from tests.crash import workload
 
 numbers = st.integers(0, NUMBER_MAX)
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=50)
 results = st.builds(
-    lambda last_seq, fingerprint, positions: (last_seq, fingerprint, *chain.from_iterable(positions)),
+    result_of,
     st.integers(-1, NUMBER_MAX),
     st.integers(0, 2**32 - 1),
-    st.lists(st.tuples(numbers, numbers), max_size=3),
+    st.lists(st.builds(Position, numbers, numbers), max_size=3),
 )
 producers = st.builds(
     ProducerRow,
@@ -78,7 +87,7 @@ topics = st.builds(
 
 ROW = ProducerRow(
     7, "näme", 9, "session", 41, b"token", "holder", "address", 1, 2, True, (Takeover(7, 5),),
-    ((40, 1), (41, 2**32 - 1, 5, 6, 7, 8)),
+    (result_of(40, 1, []), result_of(41, 2**32 - 1, [Position(5, 6), Position(7, 8)])),
 )  # fmt: skip
 POSITION = OffsetRow(3, 4, "session", b"metadata", 5, 6, 7, 8, "nonce", 9)
 TOPIC = TopicRow(8, "topic", Settings(1, 2, None, "delete"), (3, 0), "nonce", False)
@@ -119,13 +128,13 @@ def test_rows_have_their_own_types() -> None:
     key = schema.ID_KEY.pack(7)
     row = schema.producer_row(key, schema.producer_value(key, ROW))
     assert type(row.takeovers[0]) is Takeover
-    advance = Advance(3, None, 2, ((42, 1, 1, 2),))
+    advance = Advance(3, None, 2, (result_of(42, 1, [Position(1, 2)]),))
     value = schema.delta_value(key, schema.State(1, 2, 3), {7: advance, 8: ROW})
     told = schema.delta(key, value).producers
     assert type(told[7]) is Advance
     assert schema.changed(8, [told[8]]) == ROW._replace(producer_id=8)
     assert schema.changed(7, [row, told[7]]) == ROW._replace(
-        last_seq=42, seen_ms=3, token=None, results=(ROW.results[1], (42, 1, 1, 2))
+        last_seq=42, seen_ms=3, token=None, results=(ROW.results[1], result_of(42, 1, [Position(1, 2)]))
     )
     key = schema.ID_KEY.pack(8)
     assert type(schema.topic_row(key, schema.topic_value(key, TOPIC)).settings) is Settings
@@ -133,19 +142,33 @@ def test_rows_have_their_own_types() -> None:
 
 def test_what_advances_no_row_counts_for_nothing() -> None:
     """A row is deleted in its place before the deltas that told of it are dropped."""
-    advance = Advance(3, None, 2, ((42, 1),))
+    advance = Advance(3, None, 2, (result_of(42, 1, []),))
     assert schema.changed(7, [None, advance]) is None
     value = schema.producer_value(schema.ID_KEY.pack(7), ROW)
     assert schema.changed(7, [None, advance, value]) == ROW
     assert schema.changed(7, [value, None, advance]) is None
 
 
-@given(producers, advances)
-def test_results_of_formats_1_and_2_are_read(row: ProducerRow, advance: Advance) -> None:
-    """They had the positions in a list of their own, in rows and in deltas."""
+@given(
+    st.integers(-1, NUMBER_MAX), st.integers(0, 2**32 - 1), st.lists(st.builds(Position, numbers, numbers), max_size=3)
+)
+def test_a_result_is_what_was_answered(last_seq: int, fingerprint: int, positions: list[Position]) -> None:
+    result = result_of(last_seq, fingerprint, positions)
+    assert last_seq_of(result) == last_seq
+    assert positions_of(result) == positions
+    assert workload.numbers(result)[1] == fingerprint
+    if len(positions) == 1:
+        assert single_result(last_seq, fingerprint, *positions[0]) == result
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@given(row=producers, advance=advances)
+def test_results_of_earlier_formats_are_read(nested: bool, row: ProducerRow, advance: Advance) -> None:
+    """Up to format 3 they were lists of numbers, of which formats 1 and 2 had those of the positions in another."""
 
     def as_it_was(results: tuple[Result, ...]) -> list[Any]:
-        return [(one[0], one[1], list(zip(one[2::2], one[3::2], strict=True))) for one in results]
+        found = map(workload.numbers, results)
+        return [(one[0], one[1], list(zip(one[2::2], one[3::2], strict=True))) if nested else one for one in found]
 
     key = schema.ID_KEY.pack(row.producer_id)
     body = msgpack.packb((*row[1:-1], as_it_was(row.results)))
@@ -195,12 +218,12 @@ def cases() -> dict[str, Case]:
 
 DIGESTS = {
     "log": "fa736e4e4ece20e8",
-    "producers": "76725897a380cc88",
+    "producers": "6ac047375f4f6cae",
     "producer_names": "50c6567406dced49",
     "offsets": "bdf8a9af02c901b3",
     "topics": "b9bd9bbeca59169c",
-    "deltas": "a8902f424866c785",
-    "format": "fa5faaab0b8886ac",
+    "deltas": "d33203637c819f51",
+    "format": "c33f35baeb28d6fc",
     "incarnation": "bf0da717c9a73f97",
 }
 
@@ -209,7 +232,7 @@ DIGESTS = {
 def test_the_bytes_of_this_format_stand_still(name: str) -> None:
     """When this fails, the format changed: follow the procedure at the head of schema.py, then renew the digests."""
     key, value, _ = cases()[name]
-    assert schema.FORMAT_VERSION == 3
+    assert schema.FORMAT_VERSION == 4
     assert hashlib.sha256(key + b"|" + value).hexdigest()[:16] == DIGESTS[name]
 
 

@@ -25,12 +25,21 @@ from idemq.broker import schema, store
 from idemq.broker.core import Damaged, Group, Stored, Trim
 from idemq.broker.groups import OffsetKey, OffsetRow
 from idemq.broker.pages import Pages
-from idemq.broker.producers import Advance, Producer, ProducerRow, Result, Takeover, advanced_by
+from idemq.broker.producers import (
+    Advance,
+    Producer,
+    ProducerRow,
+    Result,
+    Takeover,
+    advanced_by,
+    last_seq_of,
+    result_of,
+)
 from idemq.broker.schema import Table
 from idemq.broker.store import MemoryStore, Reason, Storage, Store, StoreBroken, StoreError, StoreFull
 from idemq.broker.topics import Ends, Mark, TopicRow
 from idemq.client import wire
-from idemq.client.wire import Settings
+from idemq.client.wire import Position, Settings
 
 from .rows import producer_rows
 
@@ -52,7 +61,7 @@ def after_commit(row: ProducerRow, remembered: int = 3) -> ProducerRow:
     """With one commit more, of a producer whose last results are remembered."""
     number = row.last_seq
     token = row.token if number % 2 else b"token-%d" % number
-    results = (*row.results, (number + 1, number + 5, number + 2, 7))[-remembered:]
+    results = (*row.results, result_of(number + 1, number + 5, [Position(number + 2, 7)]))[-remembered:]
     return row._replace(last_seq=number + 1, token=token, seen_ms=row.seen_ms + 1, results=results)
 
 
@@ -62,7 +71,7 @@ def told(before: ProducerRow, after: ProducerRow) -> Advance:
         after.seen_ms,
         after.token,
         len(after.results),
-        tuple([one for one in after.results if one[0] > before.last_seq]),
+        tuple([one for one in after.results if last_seq_of(one) > before.last_seq]),
     )
 
 
@@ -678,7 +687,7 @@ def test_a_group_that_is_not_stored_leaves_nothing_of_its_producers(
         full.setattr(schema, "delta_value", no_room)
         with pytest.raises(StoreFull):
             lmdb_store.commit(Group(producers={4: told(row, after_commit(row)), 7: producer(7)}))
-    other = row._replace(last_seq=1, results=(*row.results, (1, 77, 77, 77)))
+    other = row._replace(last_seq=1, results=(*row.results, result_of(1, 77, [])))
     lmdb_store.commit(Group(producers={4: told(row, other)}))
     assert lmdb_store.producer(4) == other
     assert lmdb_store.producer(7) is None
@@ -736,7 +745,7 @@ def test_what_a_commit_tells_is_not_seen_before_it_is_durable(
     ]
 
 
-ONE, THREE = (Advance(0, None, 3, ((0, 0),) * count) for count in (1, 3))
+ONE, THREE = (Advance(0, None, 3, (result_of(0, 0, []),) * count) for count in (1, 3))
 
 
 @pytest.mark.parametrize(
@@ -802,12 +811,12 @@ def test_the_deltas_of_few_producers_stay_in_one_page_and_their_rows_where_they_
 
 def test_a_result_that_is_forgotten_is_let_go() -> None:
     """Else every producer in memory would hold twice as many as are remembered."""
-    result = (*range(7),)
+    result = result_of(6, 0, [])
     known = Producer(producer(4, 6, results=(result,)), 1, stored=True)
     assert sys.getrefcount(result) > 2
-    known.untold.append((7, 0))
+    known.untold.append(result_of(7, 0, []))
     known.tell()
-    assert known.results() == ((7, 0),)
+    assert known.results() == (result_of(7, 0, []),)
     assert sys.getrefcount(result) == 2, "ours and the call's"
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from idemq.broker import store
 from idemq.broker.core import Connection, Core, Group, Limits, Now
 from idemq.broker.groups import OffsetKey
-from idemq.broker.producers import ProducerRow
+from idemq.broker.producers import ProducerRow, Result, last_seq_of, positions_of
 from idemq.broker.store import MemoryStore, Storage
 from idemq.broker.topics import TopicRow
 from idemq.client import wire
@@ -50,7 +51,7 @@ def content(of: Storage) -> Content:
         logs.append((ends, of.read(topic_id, index, first, 1 << 30, 1 << 60)))
     keys = [OffsetKey(group, *one) for group in GROUPS for one in where]
     names = of.producer_names("", 1000)
-    producers = producer_rows(of, 0, 1000)
+    producers = map(_shown, producer_rows(of, 0, 1000))
     return (
         of.space().txn_id,
         of.counter(),
@@ -60,10 +61,20 @@ def content(of: Storage) -> Content:
         tuple([of.offset(key) for key in keys]),
         tuple(names),
         tuple(producers),
-        tuple([of.producer(producer_id) for _, producer_id in names]),
+        tuple([_shown(of.producer(producer_id)) for _, producer_id in names]),
         tuple(of.offsets_from(None, 1000)),
         of.offset_count(),
     )
+
+
+def numbers(result: Result) -> tuple[int, ...]:
+    """Last number, fingerprint, then of each batch offset and time."""
+    return (last_seq_of(result), int.from_bytes(result[8:12], "little"), *chain.from_iterable(positions_of(result)))
+
+
+def _shown(row: ProducerRow | None) -> ProducerRow | None:
+    """The same in all formats."""
+    return row and row._replace(results=tuple(map(numbers, row.results)))  # type: ignore[arg-type]
 
 
 def history(seed: int, count: int) -> tuple[list[Group], list[Content]]:

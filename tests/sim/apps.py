@@ -12,6 +12,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from idemq.broker.groups import OffsetKey
+from idemq.broker.producers import last_seq_of
 from idemq.client import records, wire
 from idemq.client.errors import IdemqError, OutcomeUnknown, ProducerFenced
 from idemq.client.pipeline import Producer, Tally
@@ -637,7 +638,7 @@ def probe(world: World) -> None:
     elif kind == 3:
         commit(here, epoch, far, far)
     elif kind == 4 and row.last_seq >= 0:
-        last = row.last_seq if rng.random() < 0.5 or not row.results else row.results[0][0] - 1
+        last = row.last_seq if rng.random() < 0.5 or not row.results else last_seq_of(row.results[0]) - 1
         if last >= 0:
             commit(here, epoch, last - 1, last)
     elif kind == 5:

@@ -74,7 +74,7 @@ MUTANTS = [
         "connection fence off",
         CORE,
         "_commit",
-        "if connection.serial < newest:",
+        "if connection.serial < self._serials.get(producer_id, 0):",
         "if False:",
     ),
     _one("open not a compare-and-swap", producers, "opening", "if request.expected_epoch != row.epoch:", "if False:"),
