@@ -193,7 +193,7 @@ class _Lazy:
         del self.left[len(self.left) - len(producer_ids) :]
 
     def age(self) -> None:
-        """The old generation is gone, and what was young is old."""
+        """The old generation is gone."""
         self.old, self.young, self.young_bytes, self.leaves = self.young, self.next, 0, False
 
     def choose(self) -> None:
@@ -290,7 +290,8 @@ class Store:
                 lazy.stored(len(value))
         if last is None:
             raise schema.damaged(Table.DELTAS, b"", "there is no delta, and so no state")
-        lazy.age()
+        # All of it is old, and if it is large it leaves at once: else it would grow with every start.
+        lazy.old, lazy.young = lazy.young, lazy.next
         return last.state
 
     def _tell(self, txn: Any, changes: Mapping[int, schema.Change]) -> None:

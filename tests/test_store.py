@@ -662,6 +662,32 @@ def test_what_is_known_of_producers_stays_bounded(lmdb_store: Store) -> None:
         assert producer_rows(lmdb_store, 0, 100) == [rows[number] for number in sorted(rows)]
 
 
+def test_the_deltas_of_many_producers_stay_bounded_in_bytes(lmdb_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "LAZY_DELTAS_MAX", 1000)
+    for step in range(60):
+        lmdb_store.commit(Group(producers={number: producer(number, step) for number in range(1, 11)}))
+        with lmdb_store._environment.begin() as txn:
+            sizes = [len(value) for _, value in txn.cursor(lmdb_store._tables[Table.DELTAS])]
+        assert sum(sizes) <= 2 * (store.LAZY_BYTES_MAX + max(sizes))
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_the_deltas_stay_bounded_however_often_a_store_is_opened(directory: Path, count: int) -> None:
+    rows = {number: producer(number) for number in range(1, count + 1)}
+    opened = Store(directory)
+    opened.commit(created(*rows.values()))
+    for _ in range(40):
+        after = {number: after_commit(row) for number, row in rows.items()}
+        opened.commit(Group(producers={number: told(rows[number], row) for number, row in after.items()}))
+        rows = after
+        with opened._environment.begin() as txn:
+            assert txn.stat(opened._tables[Table.DELTAS])["entries"] <= 2 * store.LAZY_DELTAS_MAX
+        opened.close()
+        opened = Store(directory)
+        assert producer_rows(opened, 0, 100) == [*rows.values()]
+    opened.close()
+
+
 def test_a_group_that_is_not_stored_leaves_nothing_of_its_producers(
     lmdb_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -802,6 +828,7 @@ def test_the_deltas_of_few_producers_stay_in_one_page_and_their_rows_where_they_
             seen.add(placed(opened, txn, 1))
         if step % 50 == 0:
             assert producer_rows(opened, 0, 100) == [*rows.values()]
+        assert len(opened._lazy.told.get(1, ())) < 80, "what the deltas before told is let go"
     assert least <= len(seen - {None}) <= most
     opened.close()
     opened = Store(directory)
