@@ -157,13 +157,14 @@ class _Lazy:
         """The number of the next delta."""
         self.leaves = False
         """Is the old generation to leave?"""
-        self.left: list[int] = []
+        self.waiting: list[int] = []
         """Rows to be moved before it does, the largest id first."""
 
     def of(self, producer_id: int) -> list[schema.Change]:
         """What was told of it; to be had before its row in the B-tree: what is moved in between is then in both."""
-        behind = self.next
-        return [change for number, change in self.told.get(producer_id, ()) if number < behind]
+        told = self.told.get(producer_id, ())
+        behind = self.next  # after the list: one that is fetched later may have lost what comes before it
+        return [change for number, change in told if number < behind]
 
     def tell(self, producer_id: int, change: schema.Change) -> None:
         """The next delta will tell this."""
@@ -190,7 +191,7 @@ class _Lazy:
         """Their rows in the B-tree have now what was told before this delta."""
         for producer_id in producer_ids:
             self._put(producer_id, _from(self.told[producer_id], behind))
-        del self.left[len(self.left) - len(producer_ids) :]
+        del self.waiting[len(self.waiting) - len(producer_ids) :]
 
     def age(self) -> None:
         """The old generation is gone."""
@@ -206,7 +207,7 @@ class _Lazy:
         for producer_id, told in list(self.told.items()):
             if told[0][0] < self.old:
                 self.told[producer_id] = _from(told, self.old)
-        self.left = sorted([one for one, told in self.told.items() if _needs(told, self.young)], reverse=True)
+        self.waiting = sorted([one for one, told in self.told.items() if _needs(told, self.young)], reverse=True)
 
     def _put(self, producer_id: int, told: list[tuple[int, schema.Change]]) -> None:
         if told:
@@ -385,7 +386,7 @@ class Store:
             lazy.moved(moved, lazy.next)
         if group.producers:  # a delta without any is overwritten by the next
             lazy.stored(size)
-        if lazy.leaves and not lazy.left:
+        if lazy.leaves and not lazy.waiting:
             lazy.age()
 
     def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
@@ -443,11 +444,11 @@ class Store:
     def _move_lazy(self, txn: Any, rows: int) -> list[int]:
         """Move the next rows into the B-tree, at least as many as came in, and after the last remove the deltas."""
         lazy = self._lazy
-        moved = lazy.left[-max(rows, LAZY_STEP_ROWS) :]
+        moved = lazy.waiting[-max(rows, LAZY_STEP_ROWS) :]
         for producer_id in reversed(moved):
             key, row = schema.ID_KEY.pack(producer_id), self._row(txn, producer_id, lazy.of(producer_id))
             self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
-        if lazy.leaves and len(moved) == len(lazy.left):
+        if lazy.leaves and len(moved) == len(lazy.waiting):
             self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young))
         return moved
 
