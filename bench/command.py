@@ -47,12 +47,14 @@ async def _measure(names: list[str], plan: Plan, *, quiet: bool) -> list[Row]:
         async for row in FIGURES[name](plan):
             rows.append(row)
             if not quiet:
-                median, low, high = (_short(value) for value in row.value)
+                median, low, high = (_short(value, row.unit) for value in row.value)
                 print(f"{row.figure:<54}{median:>12} {row.unit:<24}({low} to {high})", flush=True)
     return rows
 
 
-def _short(value: float) -> str:
+def _short(value: float, unit: str) -> str:
+    if unit == "ratio of CPU":  # what counts lies close to 1
+        return f"{value:.3f}"
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
