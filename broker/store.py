@@ -187,10 +187,10 @@ class _Lazy:
         self.young_bytes += size + _NODE_BYTES
         self.next += 1
 
-    def moved(self, producer_ids: Sequence[int], behind: int) -> None:
-        """Their rows in the B-tree have now what was told before this delta."""
+    def moved(self, producer_ids: Sequence[int]) -> None:
+        """Their rows in the B-tree have now what was told before the next delta."""
         for producer_id in producer_ids:
-            self._put(producer_id, _from(self.told[producer_id], behind))
+            self._put(producer_id, _from(self.told[producer_id], self.next))
         del self.waiting[len(self.waiting) - len(producer_ids) :]
 
     def age(self) -> None:
@@ -383,7 +383,7 @@ class Store:
         self._state = state
         # Readers look into what was told first and then into the B-tree, so a row is never in neither.
         if moved:
-            lazy.moved(moved, lazy.next)
+            lazy.moved(moved)  # before `next` rises: what this commit told is not in them
         if group.producers:  # a delta without any is overwritten by the next
             lazy.stored(size)
         if lazy.leaves and not lazy.waiting:

@@ -74,7 +74,7 @@ def numbers(result: Result) -> tuple[int, ...]:
 
 def _shown(row: ProducerRow | None) -> ProducerRow | None:
     """The same in all formats."""
-    return row and row._replace(results=tuple(map(numbers, row.results)))  # type: ignore[arg-type]
+    return row and ProducerRow._make((*row[:-1], tuple(map(numbers, row.results))))
 
 
 def history(seed: int, count: int) -> tuple[list[Group], list[Content]]:
