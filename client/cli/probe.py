@@ -76,7 +76,7 @@ COMMANDS = (
     Command("ping", "ask the broker whether it is there", lambda parser: None, _ping),
     Command(
         "healthcheck",
-        "0 when the broker is healthy, else 1; without a URL: the one of this environment's settings",
+        "0 when the broker is healthy, else 1; without --url and IDEMQ_URL: at IDEMQ_HOST, IDEMQ_HTTP_PORT",
         lambda parser: None,
         _healthcheck,
     ),
