@@ -13,7 +13,7 @@ from idemq.client.cli.arguments import Parser, count, nearest
 from idemq.client.cli.output import listing
 
 from . import figures, groups
-from .figures import Plan, Row
+from .figures import RATIO, Plan, Row
 from .measure import fsync_ms, machine
 
 FIGURES = {**figures.FIGURES, **groups.FIGURES}
@@ -53,7 +53,7 @@ async def _measure(names: list[str], plan: Plan, *, quiet: bool) -> list[Row]:
 
 
 def _short(value: float, unit: str) -> str:
-    if unit == "ratio of CPU":  # what counts lies close to 1
+    if unit == RATIO:  # what counts lies close to 1
         return f"{value:.3f}"
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 

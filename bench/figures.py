@@ -22,6 +22,7 @@ from idemq.client.engine import BATCH_BYTES
 from .measure import Sample, Spread, Stopwatch, anonymous_mb, broker, confidence, directory_mb, metric, spread
 
 TOPIC = "bench"
+RATIO = "ratio of CPU"
 DEDUP_BLOCKS = 100
 """Blocks of `dedup` for each round of the others: a block takes milliseconds."""
 
@@ -197,7 +198,7 @@ async def dedup(plan: Plan) -> Rows:
                 yield Row(f"dedup {name}, {label}", unit, confidence(one[index] for one in cpu[name]))
         for name, title in (("on", "dedup on / off"), ("off again", "off / off (noise)")):
             pairs = zip(cpu[name], cpu["off"], strict=True)
-            yield Row(f"{title}, {label}", "ratio of CPU", confidence(sum(one) / sum(other) for one, other in pairs))
+            yield Row(f"{title}, {label}", RATIO, confidence(sum(one) / sum(other) for one, other in pairs))
 
 
 async def raw(plan: Plan) -> Rows:

@@ -43,13 +43,13 @@ MAP_BYTES = 1 << 40
 """Address space for the map, not disk. Where the system grants less, the store asks for less."""
 MAP_BYTES_MIN = 1 << 30
 LAZY_BYTES_MAX = 8 << 20
-"""Bytes of a generation of deltas. What two of them tell is in memory, and is read at start."""
+"""Bytes at which a generation of deltas is full. What three of them tell may be in memory; two are read at start."""
 LAZY_DELTAS_MAX = 256
-"""Deltas of a generation, so that removing them stays cheap."""
+"""Deltas at which it is full, so that removing them stays cheap."""
 LAZY_FEW_ROWS = 4
 LAZY_FEW_BYTES_MAX = 1700
-"""Bytes of a generation that is about so few producers, with what LMDB keeps beside each delta: two of them and the
-next delta fit into one page. A second would be written with each commit."""
+"""Bytes at which a generation is full that is about so few producers, with what LMDB keeps beside each delta. Two of
+small deltas fit into one page; a second would be written with each commit."""
 LAZY_STEP_ROWS = 16
 """Rows moved into the B-tree by one commit, at least."""
 _NODE_BYTES = 18
@@ -145,8 +145,8 @@ class _Lazy:
 
     def __init__(self) -> None:
         self.told: dict[int, list[tuple[int, schema.Change]]] = {}
-        """Of each producer whose row in the B-tree is behind: in which delta, and what. A list grows at its end, or
-        another takes its place."""
+        """Of each producer whose row in the B-tree is behind: in which delta, and what. A list grows at its end, where
+        what was not stored is taken back, or another takes its place."""
         self.old = 0
         """The number of the first delta of the old generation. What was told before may still be in `told`, and changes
         nothing there."""
@@ -155,10 +155,8 @@ class _Lazy:
         self.young_bytes = 0
         self.next = 0
         """The number of the next delta."""
-        self.leaves = False
-        """Is the old generation to leave?"""
         self.waiting: list[int] = []
-        """Rows to be moved before it does, the largest id first."""
+        """Rows to be moved before the old generation is removed, the largest id first."""
 
     def of(self, producer_id: int) -> list[schema.Change]:
         """What was told of it; to be had before its row in the B-tree: what is moved in between is then in both."""
@@ -182,9 +180,9 @@ class _Lazy:
                 told.pop()
                 self._put(producer_id, told)
 
-    def stored(self, size: int) -> None:
+    def stored(self, size_bytes: int) -> None:
         """The next delta was."""
-        self.young_bytes += size + _NODE_BYTES
+        self.young_bytes += size_bytes + _NODE_BYTES
         self.next += 1
 
     def moved(self, producer_ids: Sequence[int]) -> None:
@@ -195,19 +193,21 @@ class _Lazy:
 
     def age(self) -> None:
         """The old generation is gone."""
-        self.old, self.young, self.young_bytes, self.leaves = self.young, self.next, 0, False
+        self.old, self.young, self.young_bytes = self.young, self.next, 0
 
-    def choose(self) -> None:
-        """Is it time for the old generation, and which rows need it?"""
+    def leaves(self) -> bool:
+        """Does the old generation leave? When it begins to, the rows that need it are put into `waiting`."""
+        if self.waiting:
+            return True
         few = len(self.told) <= LAZY_FEW_ROWS
         small = self.young_bytes < (LAZY_FEW_BYTES_MAX if few else LAZY_BYTES_MAX)
-        if self.leaves or (small and self.next - self.young < LAZY_DELTAS_MAX and (few or self.old == self.young)):
-            return
-        self.leaves = True
+        if small and self.next - self.young < LAZY_DELTAS_MAX and (few or self.old == self.young):
+            return False
         for producer_id, told in list(self.told.items()):
             if told[0][0] < self.old:
                 self.told[producer_id] = _from(told, self.old)
         self.waiting = sorted([one for one, told in self.told.items() if _needs(told, self.young)], reverse=True)
+        return True
 
     def _put(self, producer_id: int, told: list[tuple[int, schema.Change]]) -> None:
         if told:
@@ -362,7 +362,7 @@ class Store:
             self._state.topics_removed + sum([row is None for row in group.topics.values()]),
         )
         lazy = self._lazy
-        lazy.choose()
+        leaves = lazy.leaves()
         txn = self._environment.begin(write=True)
         try:
             for stored in group.appends:
@@ -374,8 +374,9 @@ class Store:
             self._write_names(txn, group.names)
             self._write_offsets(txn, group.offsets)
             self._write_topics(txn, group.topics)
-            moved = self._move_lazy(txn, len(group.producers))
-            size = self._write_delta(txn, state, group.producers)
+            moved = self._move_lazy(txn, len(group.producers), leaves)
+            self._tell(txn, group.producers)
+            size_bytes = self._write_delta(txn, state, group.producers)
         except BaseException:
             txn.abort()
             raise
@@ -385,8 +386,8 @@ class Store:
         if moved:
             lazy.moved(moved)  # before `next` rises: what this commit told is not in them
         if group.producers:  # a delta without any is overwritten by the next
-            lazy.stored(size)
-        if lazy.leaves and not lazy.waiting:
+            lazy.stored(size_bytes)
+        if leaves and not lazy.waiting:
             lazy.age()
 
     def _put_checked(self, txn: Any, table: Table, key: bytes, value: bytes, overwrite: bool = True) -> None:
@@ -428,8 +429,7 @@ class Store:
                 self._put_checked(txn, Table.TOPICS, key, schema.topic_value(key, row))
 
     def _write_delta(self, txn: Any, state: schema.State, changes: Mapping[int, schema.Change]) -> int:
-        """What every commit writes; returns its bytes. Raises Damaged."""
-        self._tell(txn, changes)
+        """What every commit writes; returns its bytes."""
         key = schema.ID_KEY.pack(self._lazy.next)
         value = schema.delta_value(key, state, changes)
         self._put_checked(txn, Table.DELTAS, key, value)
@@ -441,14 +441,17 @@ class Store:
         else:
             self._put_checked(txn, Table.PRODUCERS, key, value)
 
-    def _move_lazy(self, txn: Any, rows: int) -> list[int]:
-        """Move the next rows into the B-tree, at least as many as came in, and after the last remove the deltas."""
+    def _move_lazy(self, txn: Any, rows: int, leaves: bool) -> list[int]:
+        """Move the next rows into the B-tree, at least as many as came in, and after the last remove the deltas.
+
+        Returns the ids of those that it moved. Raises Damaged.
+        """
         lazy = self._lazy
         moved = lazy.waiting[-max(rows, LAZY_STEP_ROWS) :]
         for producer_id in reversed(moved):
             key, row = schema.ID_KEY.pack(producer_id), self._row(txn, producer_id, lazy.of(producer_id))
             self._write_producer(txn, key, None if row is None else schema.producer_value(key, row))
-        if lazy.leaves and len(moved) == len(lazy.waiting):
+        if leaves and len(moved) == len(lazy.waiting):
             self._delete_range(txn, Table.DELTAS, schema.ID_KEY.pack(0), schema.ID_KEY.pack(lazy.young))
         return moved
 

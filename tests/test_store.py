@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import random
@@ -830,8 +831,7 @@ def test_a_row_is_moved_unless_the_young_generation_tells_all_of_it(
         lazy.tell(4, change)
         lazy.stored(store.LAZY_FEW_BYTES_MAX)
     lazy.stored(store.LAZY_FEW_BYTES_MAX)
-    lazy.choose()
-    assert lazy.leaves
+    assert lazy.leaves()
     assert lazy.waiting == [5, 4][: 1 + moved]
 
 
@@ -945,6 +945,75 @@ def test_a_full_map_refuses_the_group_and_goes_on(directory: Path, monkeypatch: 
     opened.commit(Group(appends=[log(1, 0, [1], start=1)[0]], counter=3))
     assert [one[0] for one in opened.read(1, 0, 0, 1 << 20, 9)] == [0, 1]
     opened.close()
+
+
+class FullAt:
+    """An LMDB environment whose next write transaction has no room for this call."""
+
+    def __init__(self, environment: Any, call: str) -> None:
+        self._environment, self._call = environment, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
+
+    def begin(self, **options: Any) -> Any:
+        txn = self._environment.begin(**options)
+        return FullTransaction(txn, self._call) if options.get("write") else txn
+
+
+class FullTransaction:
+    def __init__(self, txn: Any, call: str) -> None:
+        self._txn, self._call = txn, call
+
+    def __getattr__(self, name: str) -> Any:
+        return self._no_room if name == self._call else getattr(self._txn, name)
+
+    def _no_room(self, *_: Any, **__: Any) -> Any:
+        if self._call == "commit":
+            self._txn.abort()  # as LMDB does
+        raise lmdb.MapFullError("the test's map is full")
+
+
+@pytest.mark.parametrize("call", ["put", "commit"])
+def test_a_group_for_which_there_is_no_room_changes_nothing(
+    lmdb_store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Before anything is noted of its producers, and when LMDB has it all."""
+    row = producer(4)
+    lmdb_store.commit(created(row))
+    before, row = row, after_commit(row)
+    group = Group(producers={4: told(before, row)}, topics={1: topic(1)}, counter=5)
+    lmdb_store.commit(group)
+    with monkeypatch.context() as full:
+        full.setattr(lmdb_store, "_refuse_when_panicked", lambda error: None)
+        full.setattr(lmdb_store, "_environment", FullAt(lmdb_store._environment, call))
+        failing = Group(
+            appends=log(1, 0, [1]), producers={4: told(row, after_commit(row))}, topics={1: None}, counter=6
+        )
+        for _ in range(3):
+            with pytest.raises(StoreFull):
+                lmdb_store.commit(failing)
+    assert lmdb_store.producer(4) == row
+    assert (lmdb_store.counter(), lmdb_store.space().txn_id) == (5, 2)
+    assert lmdb_store._state == schema.State(5, 2, 0)
+    other = row._replace(last_seq=1, results=(*row.results, result_of(1, 77, [])))
+    lmdb_store.commit(Group(producers={4: told(row, other)}))
+    assert lmdb_store.producer(4) == other
+
+
+def test_after_a_commit_whose_outcome_is_unknown_there_is_none(
+    lmdb_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(schema, "delta_value", fail)
+        with pytest.raises(StoreBroken, match="outcome is unknown"):
+            lmdb_store.commit(Group(counter=1))
+    with pytest.raises(StoreBroken, match="an earlier commit failed"):
+        lmdb_store.commit(Group(counter=2))
+    assert lmdb_store.counter() == 0
 
 
 def test_less_address_space_is_enough(directory: Path) -> None:
